@@ -1,0 +1,308 @@
+"""The cache: one set of slots that every slice of a model reads and writes.
+
+A slot holds one sequence: K and V by position, the convolution windows and the SSM states of its
+committed tokens, and a *journal* of the tokens that were run but not committed. The law that keeps
+them consistent:
+
+    A forward pass never touches what is committed. It reads windows and states, reads and
+    appends journal entries, and writes K and V at positions that are not committed yet.
+    `commit` replays journal entries into windows and states.
+
+So a pass that fails, or whose tokens are rejected, leaves nothing to undo, and no state is stored
+per drafted token. The last committed token is always left in the journal: the next pass may belong
+to another slice, which needs that token's logits of its own and therefore runs it again. The
+promises about "the cache of n committed tokens" are about the first n - 1 of them; the last one
+enters with the next pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from cascade.architecture import Architecture
+from cascade.errors import CacheFull
+
+
+class Journal:
+    """What the scan of uncommitted tokens needs to be replayed, for every Mamba layer.
+
+    inputs  [L, R, J, C]             before the convolution
+    scanned [L, R, J, H * P + G * N] x and B, after the convolution
+    dt      [L, R, J, H] fp32        after softplus
+    """
+
+    def __init__(
+        self, arch: Architecture, rows: int, entries: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        shape = (arch.num_mamba, rows, entries)
+        self.inputs = torch.zeros(*shape, arch.conv_channels, device=device, dtype=dtype)
+        self.scanned = torch.zeros(*shape, arch.scanned_channels, device=device, dtype=dtype)
+        self.dt = torch.zeros(*shape, arch.heads, device=device, dtype=torch.float32)
+
+    @property
+    def entries(self) -> int:
+        return self.dt.shape[2]
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.inputs, self.scanned, self.dt
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Windows and states after `position` tokens. Never written, so forks may share it."""
+
+    position: int
+    window: Tensor  # [L, K - 1, C]
+    state: Tensor  # [L, H, P, N]
+
+
+@dataclass(slots=True)
+class Slot:
+    """The bookkeeping of one slot.
+
+    `folded` tokens are in windows and states; the journal holds the `entries` tokens after them,
+    all run by `entry_slice`. `pure` says that the first `pure_length` folded tokens were all
+    written by slice `pure` over a prefix written by it: what a from-scratch prefill would hold.
+    """
+
+    index: int
+    folded: int = 0
+    entries: int = 0
+    entry_slice: int = -1
+    pure: int = -1
+    pure_length: int = 0
+    snapshot: Snapshot | None = None
+
+    def exact_length(self, writer: int) -> int:
+        """How many leading tokens hold exactly what `writer` alone would have written."""
+        return self.pure_length if self.pure == writer else 0
+
+    def usable(self, writer: int) -> int:
+        """Journal entries that a pass of `writer` may keep."""
+        return self.entries if self.entry_slice == writer else 0
+
+
+@dataclass(slots=True)
+class Saved:
+    """A copy of a slot from position `start` on, to put back when a longer operation fails."""
+
+    slot: Slot
+    start: int
+    window: Tensor
+    state: Tensor
+    keys: Tensor
+    values: Tensor
+    provenance: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """Replay `count` entries of journal row `source` into `slot`, written by slice `writer`.
+
+    With `keep`, the entry after them becomes entry 0 of the slot's own journal.
+    """
+
+    slot: Slot
+    source: int
+    count: int
+    writer: int
+    keep: bool
+
+
+@dataclass(slots=True)
+class Cache:
+    """Slots for `max_batch` sequences of `max_length` tokens, allocated once.
+
+    keys, values [La, S, M, kv_heads, D]; window [Lm, S, K - 1, C]; state [Lm, S, H, P, N];
+    provenance [S, M] int8, the index of the slice that wrote a position, -1 where none did.
+    """
+
+    arch: Architecture
+    decay: Tensor  # [Lm, H] fp32: A of every Mamba layer, a weight that all slices share
+    max_batch: int
+    max_length: int
+    max_draft: int
+    device: torch.device
+    dtype: torch.dtype
+    state_dtype: torch.dtype
+    kernels: ModuleType
+    keys: Tensor = field(init=False, repr=False)
+    values: Tensor = field(init=False, repr=False)
+    window: Tensor = field(init=False, repr=False)
+    state: Tensor = field(init=False, repr=False)
+    provenance: Tensor = field(init=False, repr=False)
+    journal: Journal = field(init=False, repr=False)
+    _free: list[int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        arch, slots = self.arch, self.max_batch
+        kv = (arch.num_attention, slots, self.max_length, arch.kv_heads, arch.attention_dim)
+        self.keys = torch.zeros(kv, device=self.device, dtype=self.dtype)
+        self.values = torch.zeros(kv, device=self.device, dtype=self.dtype)
+        window = (arch.num_mamba, slots, arch.conv_taps - 1, arch.conv_channels)
+        self.window = torch.zeros(window, device=self.device, dtype=self.dtype)
+        state = (arch.num_mamba, slots, arch.heads, arch.head_dim, arch.state_size)
+        self.state = torch.zeros(state, device=self.device, dtype=self.state_dtype)
+        self.provenance = torch.full(
+            (slots, self.max_length), -1, device=self.device, dtype=torch.int8
+        )
+        # One entry for the last committed token, one per drafted token.
+        self.journal = Journal(arch, slots, self.max_draft + 1, self.device, self.dtype)
+        self._free = list(reversed(range(slots)))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots, journal included."""
+        parts = (self.keys, self.values, self.window, self.state, self.provenance)
+        return sum(part.nbytes for part in (*parts, *self.journal.tensors()))
+
+    @property
+    def free_slots(self) -> int:
+        return len(self._free)
+
+    def allocate(self) -> Slot:
+        """An empty slot. Raises CacheFull where none is left."""
+        if not self._free:
+            raise CacheFull(
+                f"all {self.max_batch} slots of the cache are in use: close a sequence, "
+                "or build the cache with a larger max_batch"
+            )
+        slot = Slot(self._free.pop())
+        self.clear(slot)
+        return slot
+
+    def release(self, slot: Slot) -> None:
+        self._free.append(slot.index)
+
+    def clear(self, slot: Slot) -> None:
+        """Forget everything: the state before the first token."""
+        self.window[:, slot.index] = 0
+        self.state[:, slot.index] = 0
+        self.provenance[slot.index] = -1
+        slot.folded = slot.entries = slot.pure_length = 0
+        slot.entry_slice = slot.pure = -1
+        slot.snapshot = None
+
+    def scrub(self, slot: Slot, start: int) -> None:
+        """Zero K and V from position `start` on, which a failed pass may have filled with NaN."""
+        self.keys[:, slot.index, start:] = 0
+        self.values[:, slot.index, start:] = 0
+
+    def fold(self, folds: list[Fold], journal: Journal) -> None:
+        """Commit: replay journal entries into windows and states, and record who wrote them."""
+        if not folds:
+            return
+        rows = self.index([fold.slot.index for fold in folds])
+        sources = self.index([fold.source for fold in folds])
+        counts = self.index([fold.count for fold in folds])
+        starts = self.index([fold.slot.folded for fold in folds])
+        writers = self.index([fold.writer for fold in folds]).to(torch.int8)
+        if any(fold.count for fold in folds):
+            self.kernels.ssm_commit(
+                self.state, journal.scanned, journal.dt, self.decay, rows, sources, counts
+            )
+            self.kernels.conv_commit(self.window, journal.inputs, rows, sources, counts)
+        self.kernels.provenance_stamp(self.provenance, rows, starts, counts + 1, writers)
+        moved = [f for f in folds if f.keep and (f.count or journal is not self.journal)]
+        if moved:
+            rows = self.index([fold.slot.index for fold in moved])
+            sources = self.index([fold.source for fold in moved])
+            entries = self.index([fold.count for fold in moved])
+            for target, source in zip(self.journal.tensors(), journal.tensors(), strict=True):
+                self.kernels.journal_keep(target, source, rows, sources, entries)
+        for fold in folds:
+            self._book(fold)
+
+    def _book(self, fold: Fold) -> None:
+        slot = fold.slot
+        if fold.count:
+            if slot.pure_length == slot.folded and slot.pure in (-1, fold.writer):
+                slot.pure, slot.pure_length = fold.writer, slot.folded + fold.count
+            slot.folded += fold.count
+        slot.entries = int(fold.keep)
+        slot.entry_slice = fold.writer
+
+    # ---- snapshots, copies ----
+
+    def take_snapshot(self, slot: Slot) -> None:
+        """Remember windows and states as they are now, in place of an earlier snapshot."""
+        slot.snapshot = Snapshot(
+            slot.folded, self.window[:, slot.index].clone(), self.state[:, slot.index].clone()
+        )
+
+    def rewind_target(self, slot: Slot, limit: int) -> int:
+        """The length that `rewind(slot, limit)` would go back to."""
+        snapshot = slot.snapshot
+        return snapshot.position if snapshot and snapshot.position <= limit else 0
+
+    def rewind(self, slot: Slot, limit: int) -> None:
+        """Go back to the newest stored state of at most `limit` tokens (zero tokens at worst).
+
+        K and V stay: positions from the new `folded` on count as not committed.
+        """
+        snapshot = slot.snapshot
+        if snapshot is not None and snapshot.position <= limit:
+            self.window[:, slot.index] = snapshot.window
+            self.state[:, slot.index] = snapshot.state
+            slot.folded = snapshot.position
+        else:
+            self.window[:, slot.index] = 0
+            self.state[:, slot.index] = 0
+            slot.folded, slot.snapshot = 0, None
+        slot.entries, slot.entry_slice = 0, -1
+        slot.pure_length = min(slot.pure_length, slot.folded)
+        if slot.pure_length == 0:
+            slot.pure = -1
+
+    def save(self, slot: Slot, start: int, end: int) -> Saved:
+        """Copy what an operation on positions `[start, end)` of a slot may overwrite."""
+        row = slot.index
+        return Saved(
+            replace(slot),
+            start,
+            self.window[:, row].clone(),
+            self.state[:, row].clone(),
+            self.keys[:, row, start:end].clone(),
+            self.values[:, row, start:end].clone(),
+            self.provenance[row].clone(),
+        )
+
+    def put_back(self, slot: Slot, saved: Saved) -> None:
+        """Undo everything since `save`, except the journal's entries, which are forgotten."""
+        row, end = slot.index, saved.start + saved.keys.shape[2]
+        self.window[:, row] = saved.window
+        self.state[:, row] = saved.state
+        self.keys[:, row, saved.start : end] = saved.keys
+        self.values[:, row, saved.start : end] = saved.values
+        self.provenance[row] = saved.provenance
+        slot.folded, slot.pure, slot.pure_length = (
+            saved.slot.folded,
+            saved.slot.pure,
+            saved.slot.pure_length,
+        )
+        slot.snapshot = saved.slot.snapshot
+        slot.entries, slot.entry_slice = 0, saved.slot.entry_slice
+
+    def copy(self, source: Slot, targets: list[Slot], length: int) -> None:
+        """Fork: the first `length` positions and everything of `source`, into fresh slots."""
+        rows = self.index([slot.index for slot in targets])
+        self.kernels.fork_copy(
+            self.keys, self.values, self.window, self.state, source.index, rows, length
+        )
+        self.provenance[rows] = self.provenance[source.index]
+        if source.entries:
+            origin = torch.full_like(rows, source.index)
+            for part in self.journal.tensors():
+                self.kernels.journal_keep(part, part, rows, origin, torch.zeros_like(rows))
+        for slot in targets:
+            slot.folded, slot.entries = source.folded, min(source.entries, 1)
+            slot.entry_slice = source.entry_slice
+            slot.pure, slot.pure_length = source.pure, source.pure_length
+            slot.snapshot = source.snapshot
+
+    def index(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)

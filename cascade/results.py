@@ -1,0 +1,130 @@
+"""What a request returns: text, steps, usage and metrics, as plain frozen values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from cascade.policies import Phase
+
+FinishReason = Literal["stop", "length", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One committed step of reasoning, or of the answer.
+
+    text:         what was kept; None without a tokenizer
+    slice:        the slice that finished it
+    phase:        `thinking` or `answer`
+    score:        the verifier's lowest token probability over the draft; None if nobody scored it
+    mean_score:   the geometric mean of the verifier's token probabilities over the draft
+    decision:     `accept`, `rewrite`, `written` (no draft was involved) or `forced`
+    tokens:       number of kept tokens; drafted_tokens: of those, how many the draft slice wrote
+    milliseconds: wall time from the draft's start to the commit, waiting for other rows included
+    retracted:    the text of drafted tokens that were dropped
+    logprobs:     log-probability of each kept token under the slice named by `slice`, where known
+    """
+
+    index: int
+    text: str | None
+    token_ids: tuple[int, ...]
+    slice: str
+    phase: Phase
+    score: float | None
+    mean_score: float | None
+    decision: Literal["accept", "rewrite", "written", "forced"]
+    drafter: str
+    drafted_tokens: int
+    milliseconds: float
+    retracted: str | None = None
+    retracted_ids: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one request.
+
+    prompt, reasoning, answer: tokens of each part; `</think>` counts as reasoning
+    drafted:   tokens proposed by the draft slice; accepted: of those, how many were kept
+    rewritten: kept tokens that the verifying slice wrote in place of a rejected draft
+    by_slice:  kept tokens by the slice that wrote them; thinking_by_slice: of the reasoning alone
+    """
+
+    prompt: int
+    reasoning: int
+    answer: int
+    drafted: int
+    accepted: int
+    rewritten: int
+    by_slice: Mapping[str, int]
+    thinking_by_slice: Mapping[str, int]
+
+    @property
+    def completion(self) -> int:
+        return self.reasoning + self.answer
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """Times and work of one request.
+
+    seconds:          wall time from its first pass to its last
+    tokens_per_second: kept tokens over `seconds`
+    acceptance_rate:  accepted / drafted tokens; None where nothing was drafted
+    mean_accepted:    accepted tokens per drafted step; None where nothing was drafted
+    passes, bytes:    forward passes this request took part in, and bytes of weights that those
+                      passes read (expected distinct experts, each read once a pass), by slice
+    """
+
+    seconds: float
+    tokens_per_second: float
+    acceptance_rate: float | None
+    mean_accepted: float | None
+    passes: Mapping[str, int]
+    bytes: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The outcome of one prompt.
+
+    answer:    text after the end of thinking, stripped; reasoning: text before it
+    text:      everything that was generated, without the final end token or stop string
+    Text fields are None for a checkpoint without a tokenizer.
+    finish_reason: `stop` (end token or stop string), `length` (max_tokens or the cache), `error`
+    logprobs:  for each generated token, its log-probability and those of the most likely ones,
+               where `SamplingParams.logprobs` asked for them
+    samples:   with `n` > 1, all samples, this first one included
+    """
+
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    answer: str | None
+    reasoning: str | None
+    text: str | None
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    steps: tuple[Step, ...]
+    usage: Usage
+    metrics: Metrics
+    seed: int
+    logprobs: tuple[Mapping[int, float], ...] | None = None
+    error: str | None = None
+    samples: tuple[Result, ...] = field(default=(), repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers."""
+        data = asdict(self)
+        for step, values in zip(self.steps, data["steps"], strict=True):
+            values["tokens"] = step.tokens
+        return data
+
+    def to_json(self, **kwargs: Any) -> str:
+        return json.dumps(self.to_dict(), **kwargs)

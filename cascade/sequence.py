@@ -1,0 +1,244 @@
+"""Sequences: the verbs append, draft, verify, commit, rollback, fork, refresh and audit.
+
+`Sequence` is one sequence in one slot of a cache. `Batch` runs the same verb on several at once,
+ragged over rows; `Sequence`'s own verbs are a batch of one. Every verb either does all of its work
+or raises and leaves every sequence as it was.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor
+
+from cascade.audit import AuditReport, audit
+from cascade.batch import Batch, TokenIds, repair, restoring, run_committed
+from cascade.cache import Cache, Slot
+from cascade.errors import RequestError, SequenceClosed, SequenceError, unknown
+from cascade.sampling import Sampler, SamplingParams
+
+if TYPE_CHECKING:
+    from cascade.model import ElasticModel
+
+Consistency = Literal["exact", "shared", "refresh"]
+MODES = ("exact", "shared", "refresh")
+
+
+class Meter:
+    """The forward passes a sequence took part in, by (slice number, its tokens in the pass)."""
+
+    def __init__(self) -> None:
+        self.passes: Counter[tuple[int, int]] = Counter()
+
+    def count(self, writer: int, tokens: int) -> None:
+        self.passes[writer, tokens] += 1
+
+
+class Sequence:
+    """One sequence of tokens over a model's shared cache. Use as a context manager, or `close`.
+
+    consistency:
+      `exact`    `append` and `verify` first re-run whatever their slice did not write, so that
+                 after every commit the cache is what that slice alone would hold (the last
+                 committed token enters with the next pass). Drafts committed without `verify`
+                 are the one exception; the next `append` or `verify` repairs them.
+      `shared`   positions stay as their writer left them. A switch costs nothing. Approximate,
+                 and sound only for checkpoints trained for it.
+      `refresh`  like `shared`, but the newest state whose prefix is exact is kept, so that
+                 `refresh(slice)` re-runs no more than what is stale.
+    """
+
+    def __init__(self, model: ElasticModel, cache: Cache, consistency: Consistency) -> None:
+        if consistency not in MODES:
+            raise RequestError(unknown("consistency mode", consistency, MODES))
+        self.model, self.cache, self.consistency = model, cache, consistency
+        self.meter = Meter()
+        self._slot: Slot | None = cache.allocate()
+        self._tokens: list[int] = []
+        self._drafted: list[int] = []
+        # Logits [V] by the journal's writer: row i predicts token number length + i.
+        self._rows: list[Tensor] = []
+        self._proposals: list[Tensor] = []
+
+    # ---- what is known ----
+
+    @property
+    def tokens(self) -> list[int]:
+        """The committed token ids."""
+        return list(self._tokens)
+
+    @property
+    def drafted(self) -> list[int]:
+        """The drafted ids, not committed yet."""
+        return list(self._drafted)
+
+    @property
+    def proposals(self) -> list[Tensor]:
+        """For each drafted id the distribution [V] that it was really drawn from."""
+        return list(self._proposals)
+
+    @property
+    def rows(self) -> list[Tensor]:
+        """Logits [V] known so far by the slice that ran last: row i is for drafted id i."""
+        return list(self._rows)
+
+    @property
+    def length(self) -> int:
+        """Number of committed tokens."""
+        return len(self._tokens)
+
+    @property
+    def room(self) -> int:
+        """Tokens that still fit behind the committed ones."""
+        return self.cache.max_length - self.length
+
+    @property
+    def provenance(self) -> list[str]:
+        """For each committed position the name of the slice that wrote it."""
+        names = list(self.model.slices)
+        row = self.cache.provenance[self.slot.index, : self.length]
+        return [names[i] for i in row.tolist()]
+
+    @property
+    def slot(self) -> Slot:
+        """The bookkeeping of this sequence's slot. Raises SequenceClosed after `close`."""
+        if self._slot is None:
+            raise SequenceClosed("this sequence was closed; open a new one with model.sequence()")
+        return self._slot
+
+    def exact_length(self, slice: str) -> int:
+        """Leading tokens whose cache is exactly what `slice` alone would have written."""
+        return self.slot.exact_length(self.model.slice_index(slice))
+
+    # ---- verbs ----
+
+    def append(self, ids: TokenIds, slice: str) -> Tensor:
+        """Run ids under a slice and commit them; drafted ids are dropped.
+
+        ids: a list or 1-D tensor of token ids, at least one. Returns the logits [V] (fp32) that
+        predict the id after the last.
+        """
+        return Batch([self]).append([ids], slice)[0]
+
+    def draft(
+        self,
+        k: int,
+        slice: str,
+        params: SamplingParams | Sampler | None = None,
+        *,
+        until: Iterable[int] = (),
+    ) -> list[int]:
+        """Continue by up to `k` ids without committing, and return them.
+
+        Stops early after an id of `until`. Greedy without `params`. A second call goes on behind
+        the ids drafted so far.
+        """
+        return Batch([self]).draft([k], slice, [params], until=until)[0]
+
+    def verify(self, slice: str) -> Tensor:
+        """Logits [k + 1, V] (fp32) of a slice over the k drafted ids.
+
+        Row i predicts drafted id i; the last row predicts the bonus token after them.
+        """
+        return Batch([self]).verify(slice)[0]
+
+    def commit(self, n: int) -> None:
+        """Keep the first `n` drafted ids (0 <= n <= k) and drop the others."""
+        Batch([self]).commit([n])
+
+    def rollback(self, length: int) -> None:
+        """Go back to an earlier committed length; drafted ids are dropped.
+
+        K and V are still there; windows and states are re-run from the newest stored state, each
+        span under the slice that wrote it.
+        """
+        slot = self.slot
+        if not 0 <= length <= self.length:
+            raise SequenceError(
+                f"cannot roll back to length {length}: the sequence has {self.length} tokens"
+            )
+        if length < self.length:
+            keep = max(length - 1, 0)
+            if slot.folded > keep:
+                writers = self.cache.provenance[slot.index, :keep].tolist()
+                with restoring([self], [self.cache.rewind_target(slot, keep)]):
+                    self.cache.rewind(slot, keep)
+                    for end in _span_ends(writers, slot.folded):
+                        run_committed([self], [self._tokens[slot.folded : end]], writers[end - 1])
+            self.cache.provenance[slot.index, length:] = -1
+            del self._tokens[length:]
+            slot.entries, self._rows = 0, []
+        self.drop_draft()
+
+    def fork(self, n: int = 1) -> list[Sequence]:
+        """`n` independent sequences with the same committed tokens; nothing writable is shared.
+
+        Drafted ids stay with this sequence alone.
+        """
+        if n < 1:
+            raise RequestError(f"cannot fork into {n} sequences; ask for at least one")
+        slot = self.slot
+        forks: list[Sequence] = []
+        try:
+            for _ in range(n):
+                forks.append(Sequence(self.model, self.cache, self.consistency))
+            self.cache.copy(slot, [fork.slot for fork in forks], self.length)
+        except BaseException:
+            for fork in forks:
+                fork.close()
+            raise
+        for fork in forks:
+            fork._tokens = list(self._tokens)
+            fork._rows = self._rows[:1] if fork.slot.entries else []
+        return forks
+
+    def refresh(self, slice: str) -> int:
+        """Re-run what `slice` did not write, and return how many tokens that were.
+
+        Restarts from the newest stored state whose prefix is exact for that slice; afterwards the
+        cache is what the slice alone would hold. Drafted ids are dropped.
+        """
+        writer = self.model.slice_index(slice)
+        count = 0
+        if self.slot.exact_length(writer) < self.slot.folded:
+            with restoring([self], [self.cache.rewind_target(self.slot, self.exact_length(slice))]):
+                count = repair([self], writer)
+        self.drop_draft()
+        return count
+
+    def audit(self, slice: str, *, tolerance: float = 1e-4) -> AuditReport:
+        """Compare the cache with a from-scratch prefill of the committed tokens under `slice`."""
+        return audit(self, slice, tolerance=tolerance)
+
+    def drop_draft(self) -> None:
+        """Forget the drafted ids."""
+        slot = self.slot
+        committed = self.length - slot.folded
+        slot.entries = min(slot.entries, committed)
+        self._rows = self._rows[:1] if slot.entries == committed else []
+        self._drafted, self._proposals = [], []
+
+    def close(self) -> None:
+        """Give the slot back. Closing twice is allowed."""
+        if self._slot is not None:
+            self.cache.release(self._slot)
+            self._slot = None
+
+    def __enter__(self) -> Sequence:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._slot is None else f"{self.length} tokens"
+        return f"Sequence({state}, {len(self._drafted)} drafted, {self.consistency})"
+
+
+def _span_ends(writers: list[int], start: int) -> list[int]:
+    """Ends of the runs of equal writers from `start` on."""
+    changes = [i for i in range(start + 1, len(writers)) if writers[i] != writers[i - 1]]
+    return [*changes, len(writers)] if start < len(writers) else []
