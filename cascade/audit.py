@@ -86,9 +86,7 @@ def _compare(
         difference = (cached.float() - recomputed.float()).abs()
         scale = recomputed.float().abs().max().clamp(min=1e-30)
         relative = (difference / scale).nan_to_num(nan=torch.inf)
-        deviations.append(
-            Deviation(layer, part, float(difference.max()), float(relative.max()))
-        )
+        deviations.append(Deviation(layer, part, float(difference.max()), float(relative.max())))
         return relative
 
     for number, layer in enumerate(attention):

@@ -1,7 +1,8 @@
 """The verbs for several sequences at once, ragged over rows, and the passes under them.
 
 Only `_fold` and `rollback` move a committed length; everything before it in a verb may fail
-without leaving a trace.
+without leaving a trace. A fold that fails half-way drops windows and states back to the newest
+stored ones; the next verb runs what is missing again (`settle`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import torch
@@ -57,34 +59,29 @@ class Batch:
         added = [self._token_list(row) for row in self._per_row(ids)]
         for sequence, new in zip(self.sequences, added, strict=True):
             _check_room(sequence, len(new))
+        settle(self.sequences)
         stored = self.cache.journal.entries
         short = all(
             s.length - s.slot.folded + len(new) <= stored
             for s, new in zip(self.sequences, added, strict=True)
         )
         with self._ground(writer, every=not short):
+            feeds = []
+            for sequence, new in zip(self.sequences, added, strict=True):
+                slot = sequence.slot
+                entry = min(slot.usable(writer), sequence.length - slot.folded) if short else 0
+                feeds.append((entry, [*sequence._tokens[slot.folded + entry :], *new]))
             if short:
-                feeds = []
-                for sequence, new in zip(self.sequences, added, strict=True):
-                    committed = sequence.length - sequence.slot.folded
-                    entry = min(sequence.slot.usable(writer), committed)
-                    feeds.append((entry, [*sequence._tokens[sequence.slot.folded + entry :], *new]))
                 hidden = _run(self.sequences, feeds, writer)
             else:
-                feeds = [
-                    (0, [*s._tokens[s.slot.folded :], *new])
-                    for s, new in zip(self.sequences, added, strict=True)
-                ]
-                hidden = _run_long(self.sequences, [ids for _, ids in feeds], writer, keep=True)
-            rows = self._logits(slice, [h[-1:] for h in hidden])
+                hidden = _run_long(self.sequences, [run for _, run in feeds], writer, keep=True)
+            rows = [row[0] for row in self._logits(slice, [h[-1:] for h in hidden])]
+            if short:
+                _fold_resident(self.sequences, [len(new) for new in added])
         for sequence, new, row in zip(self.sequences, added, rows, strict=True):
             sequence._tokens += new
-            sequence._drafted, sequence._proposals = [], []
-        if short:
-            _fold_committed(self.sequences)
-        for sequence, row in zip(self.sequences, rows, strict=True):
-            sequence._rows = [row[0]]
-        return [row[0] for row in rows]
+            sequence._rows, sequence._drafted, sequence._proposals = [row], [], []
+        return rows
 
     def draft(
         self,
@@ -96,7 +93,7 @@ class Batch:
     ) -> list[list[int]]:
         """Continue row r by up to k[r] ids without committing. See Sequence.draft."""
         writer = self.model.slice_index(slice)
-        wanted = self._per_row(k)
+        wanted = self._counts(k)
         samplers = [Sampler.of(p) for p in self._per_row(params or [None] * len(self.sequences))]
         stops = frozenset(until)
         for sequence, count in zip(self.sequences, wanted, strict=True):
@@ -105,9 +102,9 @@ class Batch:
             if count < 0:
                 raise RequestError(f"cannot draft {count} ids")
             _check_draft(sequence, count)
+        settle(self.sequences)
         before = [len(s._drafted) for s in self.sequences]
-        kept = [(list(s._drafted), list(s._proposals)) for s in self.sequences]
-        try:
+        with restoring(self.sequences):
             active = [r for r, count in enumerate(wanted) if count > 0]
             while active:
                 rows = self._next_rows(active, slice, writer)
@@ -125,59 +122,50 @@ class Batch:
                     if len(sequence._drafted) - before[r] < wanted[r] and token not in stops:
                         still.append(r)
                 active = still
-        except BaseException:
-            for sequence, (drafted, proposals) in zip(self.sequences, kept, strict=True):
-                sequence._drafted, sequence._proposals = drafted, proposals
-                pending = sequence.length - sequence.slot.folded + len(drafted)
-                sequence.slot.entries = min(sequence.slot.entries, pending)
-                del sequence._rows[len(drafted) + 1 :]
-            raise
         return [s._drafted[b:] for s, b in zip(self.sequences, before, strict=True)]
 
     def verify(self, slice: str) -> list[Tensor]:
-        """Logits [k_r + 1, V] a row over its drafted ids. See Sequence.verify."""
+        """Logits [k_r + 1, V] a row over its drafted ids, of which some rows may have none."""
         writer = self.model.slice_index(slice)
-        for sequence in self.sequences:
-            if not sequence._drafted:
-                raise SequenceError("nothing to verify: draft before verifying")
+        if not any(s._drafted for s in self.sequences):
+            raise SequenceError("nothing to verify: draft before verifying")
+        if not all(s.length for s in self.sequences):
+            raise SequenceError("an empty sequence in the batch: append a prompt before verifying")
+        settle(self.sequences)
         with self._ground(writer, every=False):
-            feeds, known = [], []
-            for sequence in self.sequences:
-                slot = sequence.slot
-                committed = sequence.length - slot.folded
-                ready = slot.usable(writer) >= committed and bool(sequence._rows)
-                entry = committed if ready else min(slot.usable(writer), committed - 1)
-                known.append(sequence._rows[:1] if ready else [])
-                feeds.append(
-                    (entry, [*sequence._tokens[slot.folded + entry :], *sequence._drafted])
-                )
-            hidden = _run(self.sequences, feeds, writer)
-            wanted = [
-                h[-(len(s._drafted) + 1 - len(first)) :]
-                for s, h, first in zip(self.sequences, hidden, known, strict=True)
-            ]
-            rows = self._logits(slice, wanted)
+            # Row 0 is known where this slice was the last to run the last committed token.
+            known = [s._rows[:1] if s.slot.usable(writer) else [] for s in self.sequences]
+            missing, feeds = [], []
+            for sequence, first in zip(self.sequences, known, strict=True):
+                ids = [*sequence._tokens[sequence.slot.folded + len(first) :], *sequence._drafted]
+                if ids:
+                    missing.append(sequence)
+                    feeds.append((len(first), ids))
+            hidden = _run(missing, feeds, writer)
+            tables = iter(self._logits(slice, hidden))
         result = []
-        for sequence, first, new in zip(self.sequences, known, rows, strict=True):
-            table = torch.cat([first[0][None], new]) if first else new
-            sequence._rows = list(table)
-            result.append(table)
+        for sequence, first in zip(self.sequences, known, strict=True):
+            new = next(tables) if sequence._drafted or not first else ()
+            sequence._rows = [*first, *new]
+            result.append(torch.stack(sequence._rows))
         return result
 
     def commit(self, n: Seq[int]) -> None:
         """Keep the first n[r] drafted ids of row r, drop the others. See Sequence.commit."""
-        counts = self._per_row(n)
+        counts = self._counts(n)
         for sequence, count in zip(self.sequences, counts, strict=True):
             if not 0 <= count <= len(sequence._drafted):
                 raise SequenceError(
                     f"cannot commit {count} ids: {len(sequence._drafted)} are drafted"
                 )
+        settle(self.sequences)
         self._restore_entries(counts)
+        growing = [r for r, count in enumerate(counts) if count]
+        _fold_resident([self.sequences[r] for r in growing], [counts[r] for r in growing])
         for sequence, count in zip(self.sequences, counts, strict=True):
             sequence._tokens += sequence._drafted[:count]
-            sequence._rows = sequence._rows[count : count + 1]
-            sequence._drafted, sequence._proposals = [], []
-        _fold_committed(self.sequences)
+            sequence._rows = sequence._rows[count:]
+            sequence.drop_draft()
 
     # ---- pieces of the verbs ----
 
@@ -198,7 +186,9 @@ class Batch:
                 feeds.append((entry, pending[entry:]))
         if missing:
             hidden = _run(missing, feeds, writer)
-            needed = [min(len(h), len(s._drafted) + 1) for s, h in zip(missing, hidden, strict=True)]
+            needed = [
+                min(len(h), len(s._drafted) + 1) for s, h in zip(missing, hidden, strict=True)
+            ]
             tables = self._logits(slice, [h[-n:] for h, n in zip(hidden, needed, strict=True)])
             for sequence, table in zip(missing, tables, strict=True):
                 sequence._rows[len(sequence._drafted) + 1 - len(table) :] = list(table)
@@ -225,12 +215,13 @@ class Batch:
             for s in self.sequences
             if s.consistency == "exact" and s.slot.exact_length(writer) < s.slot.folded
         ]
-        touched = self.sequences if every else stale
-        starts = [
-            self.cache.rewind_target(s.slot, s.slot.exact_length(writer)) if s in stale else s.length
-            for s in touched
+        starts: list[int | None] = [
+            self.cache.rewind_target(s.slot, s.slot.exact_length(writer))
+            if s in stale
+            else (s.length if every else None)
+            for s in self.sequences
         ]
-        with restoring(touched, starts):
+        with restoring(self.sequences, starts):
             if stale:
                 repair(stale, writer)
             yield
@@ -239,9 +230,6 @@ class Batch:
         """Logits [m_r, V] of hidden states [m_r, H]; raises NumericalError where not finite."""
         table = logits(self.model.weights(slice), torch.cat(list(hidden)))
         if not bool(torch.isfinite(table).all()):
-            for sequence in self.sequences:
-                self.cache.scrub(sequence.slot, sequence.length)
-                sequence.slot.entries, sequence._rows = 0, []
             raise NumericalError(
                 f"slice {slice!r} gave logits that are not finite; the sequence is unchanged"
             )
@@ -252,7 +240,10 @@ class Batch:
             if ids.dim() != 1:
                 raise RequestError(f"token ids must be a 1-D tensor, got shape {tuple(ids.shape)}")
             ids = ids.tolist()
-        values = list(ids)
+        try:
+            values = list(ids)
+        except TypeError:
+            raise RequestError(f"token ids must be a list, got {ids!r}") from None
         if not values:
             raise RequestError("no token ids to append")
         vocab = self.model.arch.vocab_size
@@ -260,6 +251,12 @@ class Batch:
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < vocab:
                 raise RequestError(f"token id {value!r} is not an integer in [0, {vocab})")
         return values
+
+    def _counts(self, values: Seq[int]) -> list[int]:
+        for value in values:
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise RequestError(f"{value!r} is not a number of ids")
+        return self._per_row(values)
 
     def _per_row(self, values: Seq[T]) -> list[T]:
         if len(values) != len(self.sequences):
@@ -275,11 +272,8 @@ def _run(sequences: Seq[Sequence], feeds: Seq[tuple[int, list[int]]], writer: in
     first = sequences[0]
     model, cache = first.model, first.cache
     for sequence, (entry, _) in zip(sequences, feeds, strict=True):
-        slot = sequence.slot
         # Entries behind the first one written are about to be overwritten.
-        slot.entries = entry
-        if entry == 0:
-            slot.entry_slice = writer
+        sequence.slot.entries = entry
     hidden = forward(
         model.weights(writer),
         model.arch,
@@ -346,51 +340,100 @@ def repair(sequences: Seq[Sequence], writer: int) -> int:
     return sum(len(ids) for ids in stale)
 
 
-@contextmanager
-def restoring(sequences: Seq[Sequence], starts: Seq[int]) -> Iterator[None]:
-    """Put every slot back as it is now if the block raises.
+def rebuild(sequence: Sequence, end: int) -> None:
+    """Run committed tokens up to `end` into windows and states again, each under its writer."""
+    slot = sequence.slot
+    row = sequence.cache.provenance[slot.index]
+    written, entry_slice = row.clone(), slot.entry_slice
+    writers = written[:end].tolist()
+    try:
+        for stop in _span_ends(writers, slot.folded):
+            run_committed([sequence], [sequence._tokens[slot.folded : stop]], writers[stop - 1])
+    finally:  # a fold also stamps the position behind it
+        row.copy_(written)
+        slot.entry_slice = entry_slice
 
-    starts[r]: the first committed position whose K and V the block may overwrite.
+
+def settle(sequences: Seq[Sequence]) -> None:
+    """Bring windows and states to the committed length where a failed commit has left it."""
+    for sequence in sequences:
+        end = max(sequence.length - 1, 0)
+        if sequence.slot.folded > end:
+            sequence.cache.rewind(sequence.slot, end)
+        if sequence.slot.folded < end:
+            rebuild(sequence, end)
+
+
+def _span_ends(writers: list[int], start: int) -> list[int]:
+    """Ends of the runs of equal writers from `start` on."""
+    changes = [i for i in range(start + 1, len(writers)) if writers[i] != writers[i - 1]]
+    return [*changes, len(writers)] if start < len(writers) else []
+
+
+@contextmanager
+def restoring(sequences: Seq[Sequence], starts: Seq[int | None] | None = None) -> Iterator[None]:
+    """Leave every sequence as it is now if the block raises.
+
+    starts[r]: the first committed position whose K and V the block may overwrite, None where it
+    runs uncommitted tokens only. Journal entries are not kept: the next pass makes them again.
     """
-    saved = [
-        (s, s.cache.save(s.slot, start, s.length)) for s, start in zip(sequences, starts, strict=True)
+    before = [
+        (
+            s,
+            s.slot.entry_slice,
+            (list(s._rows), list(s._drafted), list(s._proposals)),
+            None if start is None else s.cache.save(s.slot, start, s.length),
+        )
+        for s, start in zip(sequences, starts or [None] * len(sequences), strict=True)
     ]
     try:
         yield
     except BaseException:
-        for sequence, copy in saved:
-            sequence.cache.put_back(sequence.slot, copy)
-            sequence._rows = []
+        for sequence, entry_slice, lists, saved in before:
+            slot = sequence.slot
+            sequence.cache.forget(slot, max(sequence.length - 1, 0))
+            if saved is not None:
+                sequence.cache.put_back(slot, saved)
+            slot.entry_slice = entry_slice
+            sequence._rows, sequence._drafted, sequence._proposals = lists
         raise
 
 
-def _fold_committed(sequences: Seq[Sequence]) -> None:
-    """Fold the journal up to, and without, each row's last committed token."""
+def _fold_resident(sequences: Seq[Sequence], added: Seq[int]) -> None:
+    """Commit `added[r]` more tokens a row: fold the journal up to, and without, the last one."""
     folds = []
-    for sequence in sequences:
+    for sequence, new in zip(sequences, added, strict=True):
         slot = sequence.slot
-        count = sequence.length - 1 - slot.folded
+        count = sequence.length + new - 1 - slot.folded
         folds.append(Fold(slot, slot.index, count, slot.entry_slice, slot.entries > count))
-    _fold(sequences, folds, sequences[0].cache.journal)
+    if folds:
+        _fold(sequences, folds, sequences[0].cache.journal)
 
 
 def _fold(sequences: Seq[Sequence], folds: list[Fold], journal: Journal) -> None:
+    """Fold, with the snapshots that each row's mode asks for."""
     cache = sequences[0].cache
     modes = {s.slot.index: s.consistency for s in sequences}
-    for fold in folds:
-        slot = fold.slot
-        exact_so_far = slot.pure_length == slot.folded
-        turns_stale = fold.count and slot.pure not in (-1, fold.writer) and exact_so_far
-        if turns_stale and modes[slot.index] != "shared":
-            cache.take_snapshot(slot)
-    cache.fold(folds, journal)
-    for fold in folds:
-        slot = fold.slot
-        position = slot.snapshot.position if slot.snapshot else 0
-        exact_so_far = slot.pure_length == slot.folded
-        keeps_ground = modes[slot.index] != "shared" and not exact_so_far
-        if slot.folded - position >= SNAPSHOT_INTERVAL and not keeps_ground:
-            cache.take_snapshot(slot)
+    before = [replace(fold.slot) for fold in folds]
+    try:
+        for fold in folds:
+            slot = fold.slot
+            exact_so_far = slot.pure_length == slot.folded
+            turns_stale = fold.count and slot.pure not in (-1, fold.writer) and exact_so_far
+            if turns_stale and modes[slot.index] != "shared":
+                cache.take_snapshot(slot)
+        cache.fold(folds, journal)
+        for fold in folds:
+            slot = fold.slot
+            position = slot.snapshot.position if slot.snapshot else 0
+            exact_so_far = slot.pure_length == slot.folded
+            keeps_ground = modes[slot.index] != "shared" and not exact_so_far
+            if slot.folded - position >= SNAPSHOT_INTERVAL and not keeps_ground:
+                cache.take_snapshot(slot)
+    except BaseException:
+        for fold, earlier in zip(folds, before, strict=True):
+            cache.unfold(fold.slot, earlier)
+        raise
 
 
 def _choose(

@@ -187,15 +187,19 @@ class Cache:
         slot.entry_slice = slot.pure = -1
         slot.snapshot = None
 
-    def scrub(self, slot: Slot, start: int) -> None:
-        """Zero K and V from position `start` on, which a failed pass may have filled with NaN."""
+    def forget(self, slot: Slot, start: int) -> None:
+        """Drop the journal's entries, and zero K and V from position `start` on.
+
+        A failed pass may have left NaN in either, and no mask keeps NaN out of a sum.
+        """
         self.keys[:, slot.index, start:] = 0
         self.values[:, slot.index, start:] = 0
+        for part in self.journal.tensors():
+            part[:, slot.index] = 0
+        slot.entries = 0
 
     def fold(self, folds: list[Fold], journal: Journal) -> None:
         """Commit: replay journal entries into windows and states, and record who wrote them."""
-        if not folds:
-            return
         rows = self.index([fold.slot.index for fold in folds])
         sources = self.index([fold.source for fold in folds])
         counts = self.index([fold.count for fold in folds])
@@ -253,10 +257,20 @@ class Cache:
             self.window[:, slot.index] = 0
             self.state[:, slot.index] = 0
             slot.folded, slot.snapshot = 0, None
-        slot.entries, slot.entry_slice = 0, -1
+        slot.entries = 0
         slot.pure_length = min(slot.pure_length, slot.folded)
         if slot.pure_length == 0:
             slot.pure = -1
+
+    def unfold(self, slot: Slot, earlier: Slot) -> None:
+        """After a fold that failed anywhere: the newest stored state before it.
+
+        earlier: a copy of the slot's bookkeeping from before the fold.
+        """
+        slot.folded, slot.entry_slice = earlier.folded, earlier.entry_slice
+        slot.pure, slot.pure_length = earlier.pure, earlier.pure_length
+        slot.snapshot = earlier.snapshot
+        self.rewind(slot, slot.folded)
 
     def save(self, slot: Slot, start: int, end: int) -> Saved:
         """Copy what an operation on positions `[start, end)` of a slot may overwrite."""
@@ -272,20 +286,16 @@ class Cache:
         )
 
     def put_back(self, slot: Slot, saved: Saved) -> None:
-        """Undo everything since `save`, except the journal's entries, which are forgotten."""
-        row, end = slot.index, saved.start + saved.keys.shape[2]
+        """Undo everything since `save`, except the journal's entries, which are dropped."""
+        row, end, earlier = slot.index, saved.start + saved.keys.shape[1], saved.slot
         self.window[:, row] = saved.window
         self.state[:, row] = saved.state
         self.keys[:, row, saved.start : end] = saved.keys
         self.values[:, row, saved.start : end] = saved.values
         self.provenance[row] = saved.provenance
-        slot.folded, slot.pure, slot.pure_length = (
-            saved.slot.folded,
-            saved.slot.pure,
-            saved.slot.pure_length,
-        )
-        slot.snapshot = saved.slot.snapshot
-        slot.entries, slot.entry_slice = 0, saved.slot.entry_slice
+        slot.folded, slot.entries, slot.entry_slice = earlier.folded, 0, earlier.entry_slice
+        slot.pure, slot.pure_length = earlier.pure, earlier.pure_length
+        slot.snapshot = earlier.snapshot
 
     def copy(self, source: Slot, targets: list[Slot], length: int) -> None:
         """Fork: the first `length` positions and everything of `source`, into fresh slots."""
@@ -293,7 +303,7 @@ class Cache:
         self.kernels.fork_copy(
             self.keys, self.values, self.window, self.state, source.index, rows, length
         )
-        self.provenance[rows] = self.provenance[source.index]
+        self.provenance[rows] = self.provenance[source.index].clone()
         if source.entries:
             origin = torch.full_like(rows, source.index)
             for part in self.journal.tensors():

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 from torch import Tensor
 
 from cascade.audit import AuditReport, audit
-from cascade.batch import Batch, TokenIds, repair, restoring, run_committed
+from cascade.batch import Batch, TokenIds, rebuild, repair, restoring, settle
 from cascade.cache import Cache, Slot
 from cascade.errors import RequestError, SequenceClosed, SequenceError, unknown
 from cascade.sampling import Sampler, SamplingParams
@@ -156,18 +155,18 @@ class Sequence:
         span under the slice that wrote it.
         """
         slot = self.slot
+        if isinstance(length, bool) or not isinstance(length, int):
+            raise RequestError(f"{length!r} is not a length")
         if not 0 <= length <= self.length:
             raise SequenceError(
                 f"cannot roll back to length {length}: the sequence has {self.length} tokens"
             )
         if length < self.length:
             keep = max(length - 1, 0)
-            if slot.folded > keep:
-                writers = self.cache.provenance[slot.index, :keep].tolist()
-                with restoring([self], [self.cache.rewind_target(slot, keep)]):
+            with restoring([self], [self.cache.rewind_target(slot, keep)]):
+                if slot.folded > keep:
                     self.cache.rewind(slot, keep)
-                    for end in _span_ends(writers, slot.folded):
-                        run_committed([self], [self._tokens[slot.folded : end]], writers[end - 1])
+                rebuild(self, keep)
             self.cache.provenance[slot.index, length:] = -1
             del self._tokens[length:]
             slot.entries, self._rows = 0, []
@@ -202,15 +201,17 @@ class Sequence:
         cache is what the slice alone would hold. Drafted ids are dropped.
         """
         writer = self.model.slice_index(slice)
-        count = 0
-        if self.slot.exact_length(writer) < self.slot.folded:
-            with restoring([self], [self.cache.rewind_target(self.slot, self.exact_length(slice))]):
+        settle([self])
+        count, exact = 0, self.slot.exact_length(writer)
+        if exact < self.slot.folded:
+            with restoring([self], [self.cache.rewind_target(self.slot, exact)]):
                 count = repair([self], writer)
         self.drop_draft()
         return count
 
     def audit(self, slice: str, *, tolerance: float = 1e-4) -> AuditReport:
         """Compare the cache with a from-scratch prefill of the committed tokens under `slice`."""
+        settle([self])
         return audit(self, slice, tolerance=tolerance)
 
     def drop_draft(self) -> None:
@@ -227,7 +228,7 @@ class Sequence:
             self.cache.release(self._slot)
             self._slot = None
 
-    def __enter__(self) -> Sequence:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -236,9 +237,3 @@ class Sequence:
     def __repr__(self) -> str:
         state = "closed" if self._slot is None else f"{self.length} tokens"
         return f"Sequence({state}, {len(self._drafted)} drafted, {self.consistency})"
-
-
-def _span_ends(writers: list[int], start: int) -> list[int]:
-    """Ends of the runs of equal writers from `start` on."""
-    changes = [i for i in range(start + 1, len(writers)) if writers[i] != writers[i - 1]]
-    return [*changes, len(writers)] if start < len(writers) else []

@@ -45,8 +45,9 @@ def ssm_commit(
     groups = (scanned.shape[-1] - heads * head_dim) // size
     used = torch.arange(longest, device=dt.device) < counts[:, None]
     for layer in range(state.shape[0]):
-        entries = scanned[layer, sources, :longest].float()
-        steps = dt[layer, sources, :longest] * used[..., None]
+        # Entries past a row's count may hold anything, NaN of a failed pass included.
+        entries = scanned[layer, sources, :longest].float().masked_fill(~used[..., None], 0)
+        steps = dt[layer, sources, :longest].masked_fill(~used[..., None], 0)
         x, write = _split(entries, heads, head_dim, groups, size)
         cumulative = (steps * decay[layer]).cumsum(1)
         state[layer, rows] = _advance(
@@ -400,4 +401,5 @@ def _uniform(seeds: Tensor, positions: Tensor, stream: int, index: Tensor) -> Te
     """Uniform in (0, 1), fp64, a function of its arguments alone (broadcast)."""
     key = _mix(seeds + (positions * 4 + (stream + 1)) * GOLDEN)
     drawn = _mix(key + (index + 1) * GOLDEN)
-    return (((drawn >> 11) & ((1 << 53) - 1)).double() + 0.5) * 2.0**-53
+    # 52 bits: with 53, adding a half rounds the largest up, and U would be 1.
+    return (((drawn >> 12) & ((1 << 52) - 1)).double() + 0.5) * 2.0**-52

@@ -1,0 +1,1 @@
+"""The parts of `examples/train_nano.py`: problems, solutions, network, optimizer, batches."""

@@ -1,0 +1,280 @@
+"""Train nano: three nested slices that solve problems and read each other's cache.
+
+    python examples/train_nano.py --out DIR [--minutes 7] [--device cuda]
+
+From seed to checkpoint in one command, on one GPU within ten minutes, or on a CPU with
+`--preset tiny` and more patience. Stopped runs go on with the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from nano import checkpoint, network, vocabulary
+from nano.check import accuracy
+from nano.documents import Rows, batches
+from nano.muon import Optimizer
+from nano.network import Nano, Sizes, Widths, pair_forward
+
+PRESETS = {
+    "nano": (Sizes(), {"small": (64, 8), "medium": (128, 32), "large": (320, 128)}),
+    "tiny": (
+        Sizes(pattern="ME*ME", hidden=64, ffn=32, shared=64, experts=4, heads=4, head_dim=16, state=16),
+        {"small": (24, 8), "medium": (40, 16), "large": (64, 32)},
+    ),
+}
+# Which two slices run together, by turns.
+PAIRS = (("large", "small"), ("large", "medium"), ("large", "small"), ("large", "medium"), ("medium", "small"))
+MIX_FROM = 0.35  # share of the time after which half of the rows have caches of mixed owners
+COOL_FROM = 0.4  # share of the time after which the learning rate falls linearly to zero
+WARM_STEPS = 100
+COMPILED = ("mamba_layer", "attention_layer", "moe_layer")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--preset", choices=PRESETS, default="nano")
+    parser.add_argument("--minutes", type=float, default=7.0, help="of training, compiling aside")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=2605)
+    parser.add_argument("--rows", type=int, default=None, help="rows of 224 tokens a batch")
+    parser.add_argument("--workers", type=int, default=None, help="processes that make data")
+    parser.add_argument("--no-compile", action="store_true")
+    args = parser.parse_args()
+    on_gpu = args.device.startswith("cuda")
+    rows = args.rows or (272 if on_gpu else 16)
+    workers = args.workers if args.workers is not None else (14 if on_gpu else 1)
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
+    plain = {name: getattr(network, name) for name in COMPILED}
+    if on_gpu and not args.no_compile:
+        compile_layers()
+    sizes, slices = PRESETS[args.preset]
+    trainer = Trainer(Nano(sizes, args.seed).to(args.device), slices, args.device, args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+    trainer.resume(args.out)
+    source = batches(args.seed + trainer.step, rows, 224, workers)
+    train(trainer, source, args.minutes * 60, args.out, warm_up=on_gpu and not args.no_compile)
+    checkpoint.write(trainer.model, slices, args.out)
+    for name, function in plain.items():
+        setattr(network, name, function)
+    if on_gpu:
+        pairs = (("large", "medium"), ("small", "small"))
+        for a, b in pairs:
+            found = accuracy(trainer.model, (slices[a], slices[b]), args.device)
+            for name, result in zip((a, b), found, strict=True):
+                print(name, {k: round(v, 3) for k, v in result.items()}, flush=True)
+                trainer.log[f"accuracy_{name}"] = result
+    log = trainer.log | {
+        "command": " ".join(["python", *sys.argv]),
+        "seed": args.seed,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if on_gpu else platform.processor(),
+    }
+    (args.out / "training_log.json").write_text(json.dumps(log, indent=1) + "\n")
+    print(f"wrote {args.out}", flush=True)
+    source.close()  # type: ignore[attr-defined]
+
+
+def compile_layers() -> None:
+    """Compile layer by layer: few graphs, each used for many layers."""
+    torch._dynamo.config.cache_size_limit = 64
+    for name in COMPILED:
+        setattr(network, name, torch.compile(getattr(network, name), dynamic=False))
+
+
+@dataclass
+class Trainer:
+    """Model, optimiser and progress of one run."""
+
+    model: Nano
+    slices: dict[str, Widths]
+    device: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.optimizer = Optimizer(dict(self.model.named_parameters()))
+        self.step, self.elapsed, self.tokens = 0, 0.0, 0
+        self.losses: dict[str, float] = {}
+        self.log: dict[str, object] = {"progress": []}
+
+    def update(self, rows: Rows, share: float) -> None:
+        """One step; `share` is the part of the time that has passed."""
+        first, second = PAIRS[self.step % len(PAIRS)]
+        ids, document, reply = self._to_device(rows)
+        owner, mixed = owners(ids, document, reply, 0.5 if share >= MIX_FROM else 0.0)
+        foreign = (mixed & (owner == 1), mixed & (owner == 0))
+        logits = pair_forward(
+            self.model, ids, document, (self.slices[first], self.slices[second]), foreign
+        )
+        loss, parts = pair_loss(logits[0], logits[1], ids, document, reply, foreign, mixed)
+        self.optimizer.zero_grad()
+        loss.backward()
+        rate = min(1.0, (self.step + 1) / WARM_STEPS)
+        if share > COOL_FROM:
+            rate *= max(0.0, (1 - share) / (1 - COOL_FROM))
+        self.optimizer.step(rate)
+        self._balance(logits[2], rate)
+        self.step += 1
+        self.tokens += int(rows.document.astype(bool).sum())
+        for name, value in zip((first, second), parts, strict=True):
+            self.losses[name] = value
+
+    @torch.no_grad()
+    def _balance(self, loads: list[Tensor], rate: float) -> None:
+        """Move each expert's choice bias against its load; one bias serves all slices."""
+        layers = [i for i, kind in enumerate(self.model.sizes.pattern) if kind == "E"]
+        for i, load in zip(layers, loads, strict=True):
+            bias = self.model.get(f"layers.{i}.mixer.gate.e_score_correction_bias")
+            bias += 1e-3 * rate * (load.mean() - load).sign()
+
+    def _to_device(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        parts = (rows.ids, rows.document, rows.reply)
+        ids, document, reply = (torch.from_numpy(part).to(self.device) for part in parts)
+        return ids.long(), document.long(), reply
+
+    def save(self, directory: Path) -> None:
+        save_file(
+            {k: v.contiguous() for k, v in (checkpoint.state(self.model) | self.optimizer.state()).items()},
+            directory / "resume.safetensors.part",
+        )
+        progress = {"step": self.step, "elapsed": self.elapsed, "tokens": self.tokens}
+        (directory / "resume.json").write_text(json.dumps(progress))
+        (directory / "resume.safetensors.part").replace(directory / "resume.safetensors")
+
+    def resume(self, directory: Path) -> None:
+        if not (directory / "resume.safetensors").exists():
+            return
+        saved = load_file(directory / "resume.safetensors", device=self.device)
+        checkpoint.load_parameters(self.model, saved)
+        self.optimizer.load(saved)
+        progress = json.loads((directory / "resume.json").read_text())
+        self.step, self.elapsed, self.tokens = (
+            progress["step"], progress["elapsed"], progress["tokens"],
+        )  # fmt: skip
+        print(f"going on at step {self.step}, {self.elapsed:.0f} s", flush=True)
+
+
+def train(
+    trainer: Trainer, source: Iterator[Rows], seconds: float, out: Path, *, warm_up: bool
+) -> None:
+    """Train until the time is over, with a line of progress every ten seconds."""
+    if warm_up:
+        began = time.perf_counter()
+        keep = {k: v.clone() for k, v in checkpoint.state(trainer.model).items()}
+        step = trainer.step
+        for _ in PAIRS:
+            for attempt in range(3):
+                try:
+                    trainer.update(next(source), 0.5)
+                    break
+                except RuntimeError as error:  # a cold compile has been seen to fail once
+                    print(f"compiling again after: {error}", flush=True)
+                    if attempt == 2:
+                        raise
+        checkpoint.load_parameters(trainer.model, keep)
+        if step == 0:
+            trainer.optimizer = Optimizer(dict(trainer.model.named_parameters()))
+        trainer.step, trainer.tokens = step, 0
+        trainer.log["compile_seconds"] = round(time.perf_counter() - began, 1)
+        print(f"compiled in {time.perf_counter() - began:.0f} s", flush=True)
+    began, base = time.perf_counter(), trainer.elapsed
+    shown = saved = began
+    while trainer.elapsed < seconds:
+        trainer.update(next(source), trainer.elapsed / seconds)
+        now = time.perf_counter()
+        trainer.elapsed = base + now - began
+        if now - shown > 10:
+            shown = now
+            rate = trainer.tokens / max(trainer.elapsed, 1e-9)
+            losses = {name: round(float(value), 4) for name, value in trainer.losses.items()}
+            line = {"step": trainer.step, "seconds": round(trainer.elapsed), "loss": losses}
+            trainer.log["progress"].append(line)  # type: ignore[attr-defined]
+            print(f"{line} {rate / 1e3:.0f}k tokens/s", flush=True)
+        if now - saved > 60:
+            saved = now
+            trainer.save(out)
+    trainer.save(out)
+    trainer.log |= {
+        "steps": trainer.step,
+        "seconds": round(trainer.elapsed, 1),
+        "tokens": trainer.tokens,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+    }
+
+
+def owners(ids: Tensor, document: Tensor, reply: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Who of the pair owns each token's cache entry, [B, T] in {0, 1}, and which rows are mixed.
+
+    Four patterns: switches anywhere, at line ends, between prompt and reply, and rarely.
+    """
+    rows, length = ids.shape
+    device = ids.device
+    pattern = torch.rand(rows, 1, device=device)
+    chance = torch.rand(rows, length, device=device)
+    after_line = F.pad(ids[:, :-1] == vocabulary.IDS["\n"], (1, 0)) & reply
+    reply_begins = reply & ~F.pad(reply[:, :-1], (1, 0))
+    begins = document != F.pad(document[:, :-1], (1, 0))
+    switches = torch.where(
+        pattern < 0.4,
+        chance < 1 / 24,
+        torch.where(
+            pattern < 0.7,
+            after_line & (chance < 0.5),
+            torch.where(pattern < 0.85, reply_begins | (begins & (chance < 0.5)), chance < 1 / 80),
+        ),
+    )
+    start = torch.randint(0, 2, (rows, 1), device=device)
+    owner = (start + switches.long().cumsum(1)) % 2
+    mixed = torch.rand(rows, 1, device=device) < share
+    return owner, mixed.expand(rows, length)
+
+
+def pair_loss(
+    large: Tensor,
+    small: Tensor,
+    ids: Tensor,
+    document: Tensor,
+    reply: Tensor,
+    foreign: tuple[Tensor, Tensor],
+    mixed: Tensor,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Cross-entropy of each slice on the tokens it owns; unmixed rows also distil into the smaller."""
+    target = ids[:, 1:]
+    counted = reply[:, 1:] & (document[:, 1:] == document[:, :-1])
+    large, small = large[:, :-1].float(), small[:, :-1].float()
+    losses = []
+    for logits, other in ((large, foreign[0]), (small, foreign[1])):
+        mask = (counted & ~other[:, :-1]).float()
+        each = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
+        losses.append((each.view_as(mask) * mask, mask))
+    plain = (counted & ~mixed[:, :-1]).float()
+    teacher = large.detach().log_softmax(-1)
+    divergence = (teacher.exp() * (teacher - small.log_softmax(-1))).sum(-1) * plain
+    total = counted.float().sum().clamp(min=1)
+    first = losses[0][0].sum() / total
+    alone = losses[1][0]
+    # On unmixed rows half cross-entropy, half distillation.
+    second = (alone * (1 - 0.5 * plain)).sum() / total + 0.5 * divergence.sum() / total
+    parts = tuple((loss.sum() / mask.sum().clamp(min=1)).detach() for loss, mask in losses)
+    return first + second, (parts[0], parts[1])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""The kernels on an NVIDIA GPU: CUDA C++ through CuPy, and the reference for what has none.
+
+Same names and signatures as `reference`. Every function launches on torch's current stream of the
+tensors' device, copies nothing to or from the host and waits for nothing, so all that have a
+kernel may be captured into a CUDA graph. What the host can check is refused with a
+`KernelArgumentError` before anything is launched (`checks`).
+"""
+
+from __future__ import annotations
+
+import cupy  # noqa: F401  (missing CuPy must fail here, when the backend is chosen)
+
+from cascade.kernels.accept_resample import accept_resample
+from cascade.kernels.cache_digest import cache_digest
+from cascade.kernels.checks import KernelArgumentError
+from cascade.kernels.conv_commit import conv_commit
+from cascade.kernels.fork_copy import fork_copy
+from cascade.kernels.journal_keep import journal_keep
+from cascade.kernels.kv_compact import kv_compact
+from cascade.kernels.provenance_stamp import provenance_stamp
+from cascade.kernels.race_sample import race_sample
+from cascade.kernels.reference import (
+    attention,
+    causal_conv,
+    experts,
+    gated_norm,
+    rms_norm,
+    route,
+    ssm_scan,
+)
+from cascade.kernels.ssm_commit import ssm_commit
+
+__all__ = [
+    "KernelArgumentError",
+    "accept_resample",
+    "attention",
+    "cache_digest",
+    "causal_conv",
+    "conv_commit",
+    "experts",
+    "fork_copy",
+    "gated_norm",
+    "journal_keep",
+    "kv_compact",
+    "provenance_stamp",
+    "race_sample",
+    "rms_norm",
+    "route",
+    "ssm_commit",
+    "ssm_scan",
+]

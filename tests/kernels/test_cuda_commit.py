@@ -1,0 +1,193 @@
+"""ssm_commit, conv_commit, journal_keep and provenance_stamp on a GPU against the reference.
+
+Whatever a call must not read or write holds NaN; afterwards exactly the right elements differ.
+"""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+
+import pytest
+import torch
+
+from cascade.kernels import reference
+
+pytestmark = pytest.mark.gpu
+
+F32, BF16 = torch.float32, torch.bfloat16
+DTYPES = [(F32, F32), (F32, BF16), (BF16, F32), (BF16, BF16)]
+# H, P, N, G: one like Nemotron's heads, one like nano's, one that divides nothing evenly.
+SHAPES = [(8, 64, 128, 4), (4, 32, 32, 1), (6, 12, 40, 3)]
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    kind = {1: torch.int8, 2: torch.int16, 4: torch.int32}[a.element_size()]
+    return torch.equal(a.contiguous().view(kind), b.contiguous().view(kind))
+
+
+def ragged(number: int, longest: int) -> torch.Tensor:
+    """Counts of `number` rows up to `longest`, zero and the longest among them."""
+    counts = torch.randint(0, longest + 1, (number,), device="cuda")
+    counts[0] = longest
+    if number > 1:
+        counts[1] = 0
+    return counts
+
+
+@pytest.mark.parametrize(("state_dtype", "dtype"), DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("number", "entries"), [(1, 1), (3, 63), (17, 64), (3, 65), (17, 9)])
+def test_ssm_commit(
+    cuda: ModuleType,
+    state_dtype: torch.dtype,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int, int],
+    number: int,
+    entries: int,
+) -> None:
+    heads, dim, size, groups = shape
+    layers, slots, sources_held, device = 3, number + 2, number + 1, "cuda"
+    rows = torch.randperm(slots, device=device)[:number]
+    sources = torch.randperm(sources_held, device=device)[:number]
+    counts = ragged(number, entries)
+    state = torch.full((layers, slots, heads, dim, size), math.nan, device=device)
+    state[:, rows] = torch.randn(layers, number, heads, dim, size, device=device)
+    state = state.to(state_dtype)
+    channels = heads * dim + groups * size
+    scanned = torch.randn(layers, sources_held, entries, channels, device=device).to(dtype)
+    dt = torch.rand(layers, sources_held, entries, heads, device=device)
+    unread = torch.ones(sources_held, entries, dtype=torch.bool, device=device)
+    unread[sources] = torch.arange(entries, device=device) >= counts[:, None]
+    scanned[:, unread] = math.nan
+    dt[:, unread] = math.nan
+    decay = -torch.rand(layers, heads, device=device) - 0.1
+
+    wanted, again, before = state.clone(), state.clone(), state.clone()
+    reference.ssm_commit(wanted, scanned, dt, decay, rows, sources, counts)
+    cuda.ssm_commit(state, scanned, dt, decay, rows, sources, counts)
+    cuda.ssm_commit(again, scanned, dt, decay, rows, sources, counts)
+
+    assert same_bits(state, again)
+    written = torch.zeros(slots, dtype=torch.bool, device=device)
+    written[rows[counts > 0]] = True
+    assert same_bits(state[:, ~written], before[:, ~written])
+    got, want = state[:, written].float(), wanted[:, written].float()
+    assert got.isfinite().all()
+    error = float((got - want).norm() / want.norm())
+    assert error < (1e-6 if state_dtype == F32 else 2e-3)
+    tolerance = (1e-5, 1e-5) if state_dtype == F32 else (2**-7, 1e-3)
+    torch.testing.assert_close(got, want, rtol=tolerance[0], atol=tolerance[1])
+
+
+def test_ssm_commit_of_a_whole_prefill_chunk(cuda: ModuleType) -> None:
+    state = torch.randn(2, 2, 4, 64, 128, device="cuda")
+    scanned = torch.randn(2, 1, 512, 4 * 64 + 2 * 128, device="cuda", dtype=BF16)
+    dt, decay = torch.rand(2, 1, 512, 4, device="cuda") * 0.1, -torch.rand(2, 4, device="cuda")
+    rows, sources = torch.tensor([1], device="cuda"), torch.tensor([0], device="cuda")
+    wanted = state.double()
+    x, write = scanned.double().split([256, 256], -1)
+    for j in range(512):
+        step = dt[:, 0, j].double()
+        outer = x[:, 0, j].view(2, 4, 64, 1) * write[:, 0, j].view(2, 2, 1, 128).repeat_interleave(
+            2, 1
+        )
+        decayed = wanted[:, 1] * (step * decay.double()).exp()[..., None, None]
+        wanted[:, 1] = decayed + step[..., None, None] * outer
+    cuda.ssm_commit(state, scanned, dt, decay, rows, sources, torch.tensor([512], device="cuda"))
+    error = (state.double() - wanted).norm() / wanted.norm()
+    assert float(error) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(("taps", "channels"), [(3, 6144), (3, 72), (1, 5), (6, 33)])
+@pytest.mark.parametrize(("number", "entries"), [(1, 1), (3, 63), (17, 64), (3, 65), (17, 3)])
+def test_conv_commit(
+    cuda: ModuleType, dtype: torch.dtype, taps: int, channels: int, number: int, entries: int
+) -> None:
+    device = "cuda"
+    window = torch.full((2, number + 2, taps, channels), math.nan, device=device, dtype=dtype)
+    rows = torch.randperm(number + 2, device=device)[:number]
+    sources = torch.randperm(number + 1, device=device)[:number]
+    window[:, rows] = torch.randn(2, number, taps, channels, device=device).to(dtype)
+    inputs = torch.randn(2, number + 1, entries, channels, device=device).to(dtype)
+    counts = ragged(number, entries)
+    wanted, again = window.clone(), window.clone()
+    reference.conv_commit(wanted, inputs, rows, sources, counts)
+    cuda.conv_commit(window, inputs, rows, sources, counts)
+    cuda.conv_commit(again, inputs, rows, sources, counts)
+    assert same_bits(window, wanted)
+    assert same_bits(window, again)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("channels", [5120, 64, 7])
+@pytest.mark.parametrize("number", [1, 3, 17])
+def test_journal_keep(cuda: ModuleType, dtype: torch.dtype, channels: int, number: int) -> None:
+    device = "cuda"
+    target = torch.full((3, number + 1, 2, channels), math.nan, device=device, dtype=dtype)
+    journal = torch.randn(3, number + 2, 5, channels, device=device).to(dtype)
+    rows = torch.randperm(number + 1, device=device)[:number]
+    sources = torch.randperm(number + 2, device=device)[:number]
+    entries = torch.randint(0, 5, (number,), device=device)
+    wanted = target.clone()
+    reference.journal_keep(wanted, journal, rows, sources, entries)
+    cuda.journal_keep(target, journal, rows, sources, entries)
+    assert same_bits(target, wanted)
+
+    same = journal.clone()  # a resident journal: every row moves its own entry
+    own = torch.randperm(number + 2, device=device)[:number]
+    wanted = same.clone()
+    reference.journal_keep(wanted, wanted.clone(), own, own, entries)
+    cuda.journal_keep(same, same, own, own, entries)
+    assert same_bits(same, wanted)
+
+
+@pytest.mark.parametrize(("number", "positions"), [(1, 1), (3, 63), (17, 64), (3, 65), (17, 5000)])
+def test_provenance_stamp(cuda: ModuleType, number: int, positions: int) -> None:
+    provenance = torch.full((number + 2, positions), -1, device="cuda", dtype=torch.int8)
+    rows = torch.randperm(number + 2, device="cuda")[:number]
+    starts = torch.randint(0, positions + 1, (number,), device="cuda")
+    counts = torch.randint(0, positions + 2, (number,), device="cuda")  # some reach past the end
+    counts[0] = 0 if number > 1 else positions
+    writers = torch.randint(0, 5, (number,), device="cuda", dtype=torch.int8)
+    wanted = provenance.clone()
+    reference.provenance_stamp(wanted, rows, starts, counts, writers)
+    cuda.provenance_stamp(provenance, rows, starts, counts, writers)
+    assert torch.equal(provenance, wanted)
+
+
+def test_rows_outside_of_the_cache_are_left_out(cuda: ModuleType) -> None:
+    """The host cannot know them; a kernel must not write where they point."""
+    state, window = (
+        torch.randn(2, 2, 4, 8, 16, device="cuda"),
+        torch.randn(2, 2, 3, 8, device="cuda"),
+    )
+    provenance = torch.full((2, 9), -1, device="cuda", dtype=torch.int8)
+    scanned, dt = torch.randn(2, 2, 3, 48, device="cuda"), torch.rand(2, 2, 3, 4, device="cuda")
+    inputs, decay = torch.randn(2, 2, 3, 8, device="cuda"), -torch.rand(2, 4, device="cuda")
+    before = state.clone(), window.clone(), provenance.clone(), inputs.clone()
+    bad = torch.tensor([-1, 2], device="cuda")
+    ones = torch.ones_like(bad)
+    cuda.ssm_commit(state, scanned, dt, decay, bad, ones - 1, ones)
+    cuda.ssm_commit(state, scanned, dt, decay, torch.arange(2, device="cuda"), bad, ones)
+    cuda.conv_commit(window, inputs, bad, ones, ones)
+    cuda.provenance_stamp(provenance, bad, ones, ones, ones.to(torch.int8))
+    cuda.journal_keep(inputs, inputs, bad, ones, ones)
+    for part, old in zip((state, window, provenance, inputs), before, strict=True):
+        assert same_bits(part, old)
+
+
+def test_launch_on_nothing_is_no_launch(cuda: ModuleType) -> None:
+    none = torch.empty(0, dtype=torch.int64, device="cuda")
+    window = torch.randn(2, 2, 3, 8, device="cuda")
+    before = window.clone()
+    cuda.conv_commit(window, torch.randn(2, 2, 4, 8, device="cuda"), none, none, none)
+    assert same_bits(window, before)
+
+
+def test_tensors_of_two_devices_are_refused(cuda: ModuleType) -> None:
+    window, inputs = torch.randn(2, 2, 3, 8, device="cuda"), torch.randn(2, 2, 4, 8, device="cuda")
+    rows = torch.arange(2)
+    with pytest.raises(cuda.KernelArgumentError, match="tensors are on cpu, cuda:0"):
+        cuda.conv_commit(window, inputs, rows, rows, rows)

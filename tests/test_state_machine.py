@@ -1,0 +1,386 @@
+"""Random verbs on ragged batches, against a shadow of plain lists and recomputed caches.
+
+Every step draws one verb for some of the open sequences, in any consistency mode, now and then
+with a kernel that raises in the middle of it. `CASCADE_EXAMPLES` and `CASCADE_STEPS` make the
+search larger than the default.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from torch import Tensor
+
+from cascade import batch as batch_module
+from cascade.batch import Batch
+from cascade.cache import Cache
+from cascade.kernels.reference import cache_digest
+from cascade.model import ElasticModel
+from cascade.sequence import MODES, Sequence
+from tests.faults import FaultyKernels, Injected
+from tests.nested import elastic, parent
+
+SLICES = ("small", "medium", "large")
+TOLERANCE = 1e-4
+SLOTS, LENGTH, DRAFT = 5, 40, 6
+
+slices = st.sampled_from(SLICES)
+
+
+@dataclass
+class Shadow:
+    """What a sequence must say of itself. writers[-1] is provisional, and not compared."""
+
+    sequence: Sequence
+    mode: str
+    tokens: list[int] = field(default_factory=list)
+    writers: list[str] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)
+    runner: str = ""  # the slice that last ran the drafted ids
+    settled: bool = True  # False after a failed verb: the next one may have to rebuild
+
+    def prefix(self, writer: str) -> int:
+        """Leading positions before the last that `writer` wrote."""
+        run = self.writers[: max(len(self.tokens) - 1, 0)]
+        return next((i for i, name in enumerate(run) if name != writer), len(run))
+
+    def prepare(self, writer: str) -> None:
+        """What `append` and `verify` of a slice do to the committed tokens first."""
+        if self.mode == "exact":
+            self.writers = [writer] * len(self.writers)
+
+    def extend(self, ids: list[int], writer: str) -> None:
+        """Commit ids run by a slice: it ran the last token before them again as well."""
+        if ids:
+            self.writers[-1:] = [writer] * (len(ids) + bool(self.tokens))
+            self.tokens += ids
+        self.drafted = []
+
+
+class Verbs(RuleBasedStateMachine):
+    """The machine. `model` and `kernels` are set by the test."""
+
+    model: ElasticModel
+    kernels: FaultyKernels
+
+    @initialize(mode=st.sampled_from(MODES), ids=st.lists(st.integers(0, 63), min_size=1))
+    def start(self, mode: str, ids: list[int]) -> None:
+        self.kernels.disarm()
+        self.cache = self.model.cache(max_batch=SLOTS, max_length=LENGTH, max_draft=DRAFT)
+        self.scratch = self.model.cache(max_batch=1, max_length=LENGTH + 1, max_draft=64)
+        self.rows: list[Shadow] = []
+        self.digests: dict[int, list[int]] = {}
+        self.open(mode)
+        self.append_to(self.rows, [ids[:LENGTH]], "large")
+
+    # ---- rules ----
+
+    @precondition(lambda self: self.cache.free_slots)
+    @rule(mode=st.sampled_from(MODES))
+    def open(self, mode: str) -> None:
+        sequence = self.model.sequence(cache=self.cache, consistency=mode)
+        self.rows.append(Shadow(sequence, mode))
+        self.record()
+
+    @rule(countdown=st.integers(0, 60))
+    def break_the_next_verb(self, countdown: int) -> None:
+        self.kernels.arm(countdown)
+
+    @rule(data=st.data(), slice=slices)
+    def append(self, data: st.DataObject, slice: str) -> None:
+        rows = self.some(data, lambda row: row.sequence.room)
+        ids = [
+            data.draw(st.lists(st.integers(0, 63), min_size=1, max_size=min(row.sequence.room, 12)))
+            for row in rows
+        ]
+        self.append_to(rows, ids, slice)
+
+    def append_to(self, rows: list[Shadow], ids: list[list[int]], slice: str) -> None:
+        for row, logits in self.verb(rows, lambda batch: batch.append(ids, slice)):
+            row.prepare(slice)
+            row.extend(ids[rows.index(row)], slice)
+            self.check_logits(row.tokens, row.writers, logits)
+            self.check_cache(row, exact=slice)
+
+    @rule(data=st.data(), slice=slices, until=st.sets(st.integers(0, 63), max_size=8))
+    def draft(self, data: st.DataObject, slice: str, until: set[int]) -> None:
+        rows = self.some(data, lambda row: row.tokens)
+        most = [min(DRAFT, row.sequence.room) - len(row.drafted) for row in rows]
+        k = [data.draw(st.integers(0, count)) for count in most]
+        for row, ids in self.verb(rows, lambda batch: batch.draft(k, slice, until=until)):
+            wanted = k[rows.index(row)]
+            assert len(ids) == wanted or (0 < len(ids) < wanted and ids[-1] in until)
+            assert not until.intersection(ids[:-1])
+            row.drafted += ids
+            if ids:
+                row.runner = slice
+                self.check_last_draft(row)
+
+    @rule(data=st.data(), slice=slices)
+    def verify(self, data: st.DataObject, slice: str) -> None:
+        rows = self.some(data, lambda row: row.tokens)
+        if not any(row.drafted for row in rows):
+            return
+        for row, table in self.verb(rows, lambda batch: batch.verify(slice)):
+            assert table.shape == (len(row.drafted) + 1, 64)
+            assert table.dtype == torch.float32
+            row.prepare(slice)
+            row.runner = slice
+            for i in {0, len(row.drafted)}:
+                tokens = row.tokens + row.drafted[:i]
+                self.check_logits(tokens, row.writers[:-1] + [slice] * (i + 1), table[i])
+            self.check_cache(row, exact=slice)
+
+    @rule(data=st.data())
+    def commit(self, data: st.DataObject) -> None:
+        rows = self.some(data, lambda row: True)
+        n = [data.draw(st.integers(0, len(row.drafted))) for row in rows]
+        for row, _ in self.verb(rows, lambda batch: batch.commit(n)):
+            row.extend(row.drafted[: n[rows.index(row)]], row.runner)
+            self.check_cache(row)
+
+    @rule(data=st.data(), verifier=slices, drafter=slices)
+    def draft_verify_commit(self, data: st.DataObject, drafter: str, verifier: str) -> None:
+        self.kernels.disarm()
+        rows = self.some(data, lambda row: row.tokens and row.sequence.room)
+        if not rows:
+            return
+        batch = Batch([row.sequence for row in rows])
+        batch.commit([0] * len(rows))
+        for row in rows:
+            row.drafted = []
+        k = [data.draw(st.integers(0, min(DRAFT, row.sequence.room))) for row in rows]
+        drafted = batch.draft(k, drafter)
+        if not any(drafted):
+            return
+        batch.verify(verifier)
+        n = [data.draw(st.integers(0, len(ids))) for ids in drafted]
+        batch.commit(n)
+        for row, ids, count in zip(rows, drafted, n, strict=True):
+            row.settled = True
+            row.prepare(verifier)
+            row.extend(ids[:count], verifier)
+            self.check_cache(row, exact=verifier)
+        self.record()
+
+    @rule(data=st.data())
+    def rollback(self, data: st.DataObject) -> None:
+        for row in self.some(data, lambda row: True)[:1]:
+            length = data.draw(st.integers(0, len(row.tokens)))
+            for _ in self.verb([row], lambda _: [row.sequence.rollback(length)]):
+                del row.tokens[length:], row.writers[length:]
+                row.drafted = []
+                self.check_cache(row)
+
+    @rule(data=st.data(), slice=slices)
+    def refresh(self, data: st.DataObject, slice: str) -> None:
+        for row in self.some(data, lambda row: True)[:1]:
+            stale = max(len(row.tokens) - 1, 0) - row.prefix(slice)
+            for _, count in self.verb([row], lambda _: [row.sequence.refresh(slice)]):
+                # Only `shared` may have to go back further than the first stale token.
+                assert count == stale or (row.mode == "shared" and stale and count > stale)
+                row.writers = [slice] * len(row.writers)
+                row.drafted = []
+                self.check_cache(row, exact=slice)
+
+    @rule(data=st.data())
+    def fork(self, data: st.DataObject) -> None:
+        free = self.cache.free_slots
+        if not free:
+            return
+        for row in self.some(data, lambda row: True)[:1]:
+            n = data.draw(st.integers(1, free))
+            settled = row.settled
+            for _, forks in self.verb([row], lambda _: [row.sequence.fork(n)]):
+                row.settled = settled
+                for sequence in forks:
+                    twin = Shadow(sequence, row.mode, list(row.tokens), list(row.writers))
+                    self.rows.append(twin)
+                    self.check_cache(twin)
+
+    @rule(data=st.data())
+    def close(self, data: st.DataObject) -> None:
+        if len(self.rows) > 1:
+            row = self.some(data, lambda row: True)[0]
+            self.digests.pop(row.sequence.slot.index, None)
+            row.sequence.close()
+            self.rows.remove(row)
+
+    # ---- invariants ----
+
+    @invariant()
+    def lists_agree(self) -> None:
+        for row in getattr(self, "rows", []):
+            sequence = row.sequence
+            assert sequence.tokens == row.tokens
+            assert sequence.drafted == row.drafted
+            assert sequence.length == len(row.tokens)
+            assert sequence.room == LENGTH - len(row.tokens)
+            assert len(sequence.proposals) == len(row.drafted)
+            assert sequence.provenance[:-1] == row.writers[:-1]
+            assert set(sequence.provenance[-1:]) <= set(SLICES)
+            if row.settled:
+                for slice in SLICES:
+                    assert sequence.exact_length(slice) == row.prefix(slice)
+
+    # ---- how a verb is run, and what it must leave behind ----
+
+    def some(self, data: st.DataObject, usable: Callable[[Shadow], Any]) -> list[Shadow]:
+        """A random, ordered choice of the rows a verb can be called on; may be empty."""
+        able = [row for row in self.rows if usable(row)]
+        if not able:
+            return []
+        index = st.integers(0, len(able) - 1)
+        return [able[i] for i in data.draw(st.lists(index, min_size=1, unique=True))]
+
+    def verb(
+        self, rows: list[Shadow], call: Callable[[Batch], Any]
+    ) -> Iterator[tuple[Shadow, Any]]:
+        """Run one verb; yields (row, result) where it succeeds, nothing where it was broken."""
+        if not rows:
+            return
+        failed = False
+        try:
+            results = call(Batch([row.sequence for row in rows])) or [None] * len(rows)
+        except Injected:
+            failed = True
+        finally:
+            self.kernels.disarm()
+        self.unchanged(rows)
+        for row in rows:
+            row.settled = not failed
+        if not failed:
+            yield from zip(rows, results, strict=True)
+        self.record()
+
+    def unchanged(self, touched: list[Shadow]) -> None:
+        """The cache of every other row is the same bit by bit."""
+        mine = {row.sequence.slot.index for row in touched}
+        now = digests(self.cache, [row for row in self.rows if row not in touched])
+        assert {k: v for k, v in self.digests.items() if k not in mine} == now
+
+    def record(self) -> None:
+        self.digests = digests(self.cache, self.rows)
+
+    def check_cache(self, row: Shadow, exact: str | None = None) -> None:
+        """Equal to running each span again under its writer; in exact mode, to a prefill."""
+        sequence = row.sequence
+        batch_module.settle([sequence])
+        count = max(len(row.tokens) - 1, 0)
+        if not count:
+            return
+        if exact and row.mode == "exact":
+            assert sequence.audit(exact).max_relative_error <= TOLERANCE
+        with self.replayed(row.tokens, row.writers) as (fresh, _):
+            assert close(sequence.cache.window, fresh.cache.window, sequence, fresh)
+            assert close(sequence.cache.state, fresh.cache.state, sequence, fresh)
+            for mine, its in (
+                (sequence.cache.keys, fresh.cache.keys),
+                (sequence.cache.values, fresh.cache.values),
+            ):
+                assert close(mine[:, :, :count], its[:, :, :count], sequence, fresh)
+
+    def check_logits(self, tokens: list[int], writers: list[str], logits: Tensor) -> None:
+        with self.replayed(tokens, writers) as (_, expected):
+            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+    def check_last_draft(self, row: Shadow) -> None:
+        tokens = row.tokens + row.drafted[:-1]
+        writers = row.writers[:-1] + [row.runner] * len(row.drafted)
+        with self.replayed(tokens, writers) as (_, logits):
+            assert logits[row.drafted[-1]] >= logits.max() - 1e-3
+
+    def replayed(self, tokens: list[int], writers: list[str]) -> Replay:
+        return Replay(self.model, self.scratch, tokens, writers)
+
+
+class Replay:
+    """A fresh sequence whose positions were run by the given writers, the last one included."""
+
+    def __init__(
+        self, model: ElasticModel, cache: Cache, tokens: list[int], writers: list[str]
+    ) -> None:
+        self.sequence = model.sequence(cache=cache, consistency="shared")
+        # The last token of an `append` is run again by the next one: spans end one token late.
+        ends = [i for i in range(1, len(tokens)) if writers[i] != writers[i - 1]]
+        ends = [end for end in ends if end < len(tokens) - 1]
+        for end in ends:
+            self.sequence.append(tokens[self.sequence.length : end + 1], writers[end - 1])
+        writer = writers[-2] if len(tokens) > 1 else writers[-1]
+        self.logits = self.sequence.append(tokens[self.sequence.length :], writer)
+        if writer != writers[-1]:
+            self.sequence.draft(1, writers[-1])
+            self.logits = self.sequence.rows[0]
+
+    def __enter__(self) -> tuple[Sequence, Tensor]:
+        return self.sequence, self.logits
+
+    def __exit__(self, *exc: object) -> None:
+        self.sequence.close()
+
+
+def close(mine: Tensor, its: Tensor, sequence: Sequence, fresh: Sequence) -> bool:
+    a, b = mine[:, sequence.slot.index], its[:, fresh.slot.index]
+    return bool((a - b).abs().max() <= TOLERANCE * b.abs().max())
+
+
+def digests(cache: Cache, rows: list[Shadow]) -> dict[int, list[int]]:
+    """By slot, 64-bit digests of what is committed."""
+    if not rows:
+        return {}
+    slots = [row.sequence.slot for row in rows]
+    index = cache.index([slot.index for slot in slots])
+    lengths = cache.index([slot.folded for slot in slots])
+    parts = cache_digest(cache.keys, cache.values, cache.window, cache.state, index, lengths)
+    table = torch.cat([part.transpose(0, 1).flatten(1) for part in parts], 1).tolist()
+    return {slot.index: row for slot, row in zip(slots, table, strict=True)}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two threads over matrices this small are many times slower on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_every_verb_keeps_the_cache_consistent_in_every_mode(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run(elastic(parent("M*EM")), monkeypatch)
+
+
+def run(model: ElasticModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = FaultyKernels(model.kernels)
+    monkeypatch.setattr(model, "kernels", kernels)
+    # So small that short sequences take the long paths as well.
+    monkeypatch.setattr(batch_module, "PREFILL_CHUNK", 5)
+    monkeypatch.setattr(batch_module, "SNAPSHOT_INTERVAL", 8)
+    machine = type("Machine", (Verbs,), {"model": model, "kernels": kernels})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=int(os.environ.get("CASCADE_EXAMPLES", "40")),
+            stateful_step_count=int(os.environ.get("CASCADE_STEPS", "25")),
+            deadline=None,
+            database=None,
+            derandomize="CASCADE_EXAMPLES" not in os.environ,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
