@@ -1,1 +1,1 @@
-"""The parts of `examples/train_nano.py`: problems, solutions, network, optimizer, batches."""
+"""The parts of `examples/train_nano.py`: problems, vocabulary, network, optimiser, batches."""
