@@ -8,6 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import count, islice
 from typing import Any
 
 from cascade.errors import CascadeError, RequestError, unknown
@@ -15,10 +16,10 @@ from cascade.errors import CascadeError, RequestError, unknown
 # The kinds that nano was trained on, with the settings that narrow them (none: the defaults).
 NANO_KINDS: Mapping[str, Mapping[str, Any]] = {
     "chain_sum": {},
-    "basic_arithmetic": {},
+    "basic_arithmetic": {"max_terms": 3, "max_digits": 2},
     "gcd": {},
     "lcm": {},
-    "simple_equations": {},
+    "simple_equations": {"max_terms": 3},
     "base_conversion": {},
 }
 
@@ -41,11 +42,25 @@ class Problem:
 
 def make(kind: str, size: int, seed: int, **settings: Any) -> list[Problem]:
     """`size` problems of one kind. Raises RequestError for an unknown kind."""
+    return list(islice(stream(kind, seed, **settings), size))
+
+
+def stream(kind: str, seed: int, **settings: Any) -> Iterator[Problem]:
+    """Problems of one kind without end, each made when it is asked for."""
     gym = _gym()
     if kind not in gym.factory.DATASETS:
         raise RequestError(unknown("reasoning-gym task", kind, gym.factory.DATASETS))
-    dataset = gym.create_dataset(kind, seed=seed, size=size, **settings)
-    return [_problem(kind, seed, i, dataset[i], dataset) for i in range(size)]
+    dataset = gym.create_dataset(kind, seed=seed, size=1_000_000_000, **settings)
+    for i in count():
+        entry = dataset[i]
+        yield Problem(
+            id=f"{kind}-{seed}-{i}",
+            kind=kind,
+            question=entry["question"],
+            answer=entry["answer"],
+            entry=entry,
+            dataset=dataset,
+        )
 
 
 def held_out(question: str) -> bool:
@@ -55,27 +70,11 @@ def held_out(question: str) -> bool:
 
 def nano_problems(size: int, seed: int) -> list[Problem]:
     """`size` problems that nano was never trained on, its kinds in turn."""
-    streams = [_held_out_stream(kind, seed, settings) for kind, settings in NANO_KINDS.items()]
+    streams = [
+        (p for p in stream(kind, seed, **settings) if held_out(p.question))
+        for kind, settings in NANO_KINDS.items()
+    ]
     return [next(streams[i % len(streams)]) for i in range(size)]
-
-
-def _held_out_stream(kind: str, seed: int, settings: Mapping[str, Any]) -> Iterator[Problem]:
-    dataset = _gym().create_dataset(kind, seed=seed, size=1_000_000, **settings)
-    for i in range(len(dataset)):
-        problem = _problem(kind, seed, i, dataset[i], dataset)
-        if held_out(problem.question):
-            yield problem
-
-
-def _problem(kind: str, seed: int, index: int, entry: Mapping[str, Any], dataset: Any) -> Problem:
-    return Problem(
-        id=f"{kind}-{seed}-{index}",
-        kind=kind,
-        question=entry["question"],
-        answer=entry["answer"],
-        entry=entry,
-        dataset=dataset,
-    )
 
 
 def _gym() -> Any:

@@ -1,0 +1,343 @@
+"""Measure nano: accuracy by slice and task, handoffs, step scores, and stepwise. On any machine.
+
+    python examples/evaluate_nano.py [--model nano] [--size 1500] [--out nano_report.json]
+
+Greedy throughout, on questions that training refused; reasoning-gym grades. Ends with the tables
+of the model card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+
+from cascade import Reasoner
+from cascade.problems import NANO_KINDS, Problem, nano_problems, stream
+from cascade.results import Result
+from cascade.strategies.base import Roles, Strategy
+from cascade.task import Run, Task, Verify
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from nano.traces import held_out_step, solve
+
+SEED = 90210
+CHUNK = 96
+
+
+class Handoff(Strategy):
+    """The prompt's cache is the writer's; the reader goes on alone."""
+
+    writer: str
+    reader: str
+
+    def run(self, task: Task, roles: Roles) -> Run:
+        yield from task.prefill(self.writer)
+        while not task.finished:
+            task.open_step()
+            yield from task.write(64, self.reader)
+            task.close_step("written", self.reader, self.reader)
+
+
+class ScoreOneStep(Strategy):
+    """Score the next step of `draft` over a cache that `writer` wrote, and stop."""
+
+    writer: str
+    draft: str
+    verify: str
+
+    def run(self, task: Task, roles: Roles) -> Run:
+        yield from task.prefill(self.writer)
+        task.open_step()
+        ids = yield from task.propose(64, self.draft)
+        table = yield Verify(self.verify)
+        task.scores(self.draft, self.verify, table)
+        yield from task.commit(len(ids), self.draft, drafted=True)
+        task.close_step("accept", self.draft, self.draft)
+        task.finish_reason = "stop"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="nano")
+    parser.add_argument("--size", type=int, default=1500, help="held-out problems")
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--out", type=Path, default=Path("nano_report.json"))
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    evaluation = Evaluation(args.model, args.batch)
+    with evaluation.progress:
+        report = evaluation.run(args.size, args.seed)
+    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(markdown(report))
+
+
+class Evaluation:
+    """One model, in exact mode and in shared mode over the same weights."""
+
+    def __init__(self, model: str, batch: int) -> None:
+        self.exact = Reasoner.from_pretrained(model, max_batch=batch, max_length=512)
+        self.shared = Reasoner(
+            self.exact.model, max_batch=batch, max_length=512, consistency="shared"
+        )
+        self.slices = [n for n, spec in self.exact.model.slices.items() if spec.trained]
+        self.small, self.large = self.slices[0], self.slices[-1]
+        self.progress = Progress(disable=not sys.stderr.isatty())
+
+    def run(self, size: int, seed: int) -> dict[str, Any]:
+        problems = nano_problems(size, seed)
+        prompts = [self.exact.codec.encode_prompt(p.question)[1] for p in problems]
+        alone = {s: self._generate(prompts, slice=s, strategy="single") for s in self.slices}
+        report: dict[str, Any] = {
+            "problems": size,
+            "seed": seed,
+            "accuracy": {s: by_task(problems, alone[s]) for s in self.slices},
+            "new_steps": self._new_steps(max(size // 4, 6), seed + 1),
+            "handoffs": [
+                *self._half_way(problems, prompts, alone, self.small, self.large),
+                *self._half_way(problems, prompts, alone, self.large, self.small),
+                *self._half_way(problems, prompts, alone, self.slices[1], self.small),
+                *self._half_way(problems, prompts, alone, self.small, self.slices[1]),
+                *self._from_prompt(problems, prompts, alone),
+            ],
+            "scores": self._scores(problems, prompts, alone[self.small], size // 2),
+            "stepwise": self._stepwise(problems[:200]),
+        }
+        return report
+
+    # ---- parts ----
+
+    def _new_steps(self, size: int, seed: int) -> dict[str, Any]:
+        """Problems whose solution has a single operation that was never trained on."""
+        problems = list(with_new_steps(size, seed))
+        prompts = [self.exact.codec.encode_prompt(p.question)[1] for p in problems]
+        found = {
+            s: by_task(problems, self._generate(prompts, slice=s, strategy="single"))["all"]
+            for s in self.slices
+        }
+        return {"problems": size} | found
+
+    def _half_way(
+        self,
+        problems: Sequence[Problem],
+        prompts: Sequence[list[int]],
+        alone: dict[str, list[Result]],
+        writer: str,
+        reader: str,
+    ) -> Iterator[dict[str, Any]]:
+        """The writer writes the first half of its own reply, the reader the rest."""
+        heads = [
+            [*prompt, *result.token_ids[: len(result.token_ids) // 2]]
+            for prompt, result in zip(prompts, alone[writer], strict=True)
+        ]
+        yield self._handoff("half-way", problems, prompts, heads, writer, reader)
+
+    def _from_prompt(
+        self,
+        problems: Sequence[Problem],
+        prompts: Sequence[list[int]],
+        alone: dict[str, list[Result]],
+    ) -> Iterator[dict[str, Any]]:
+        for writer, reader in ((self.small, self.large), (self.large, self.small)):
+            yield self._handoff("after the prompt", problems, prompts, prompts, writer, reader)
+
+    def _handoff(
+        self,
+        where: str,
+        problems: Sequence[Problem],
+        prompts: Sequence[list[int]],
+        heads: Sequence[list[int]],
+        writer: str,
+        reader: str,
+    ) -> dict[str, Any]:
+        solved = {}
+        for name, author in (("shared", writer), ("recomputed", reader)):
+            strategy = Handoff(writer=author, reader=reader)
+            tails = self._generate(heads, strategy=strategy, reasoner=self.shared)
+            answers = [
+                self._answer([*head[len(prompt) :], *tail.token_ids])
+                for prompt, head, tail in zip(prompts, heads, tails, strict=True)
+            ]
+            solved[name] = mean(
+                p.score(a) == 1 for p, a in zip(problems, answers, strict=True)
+            )
+        return {"where": where, "writer": writer, "reader": reader} | solved
+
+    def _scores(
+        self,
+        problems: Sequence[Problem],
+        prompts: Sequence[list[int]],
+        drafts: Sequence[Result],
+        size: int,
+    ) -> dict[str, Any]:
+        """Does the large slice's score tell wrong small steps from right ones?
+
+        Steps of small alone, up to its first wrong one; right is what the exact solution says.
+        """
+        heads, wrong = [], []
+        for problem, prompt, result in list(zip(problems, prompts, drafts, strict=True))[:size]:
+            expected = [line + "\n" for line in solve(problem.question).lines]
+            head = list(prompt)
+            for number, step in enumerate(s for s in result.steps if s.phase == "thinking"):
+                right = number < len(expected) and step.text == expected[number]
+                ends = number == len(expected) and (step.text or "").startswith("</think>")
+                heads.append(list(head))
+                wrong.append(not (right or ends))
+                if wrong[-1]:
+                    break
+                head += step.token_ids
+        found: dict[str, Any] = {"steps": len(wrong), "wrong": sum(wrong)}
+        for name, writer in (("shared", self.small), ("recomputed", self.large)):
+            strategy = ScoreOneStep(writer=writer, draft=self.small, verify=self.large)
+            reasoner = self.shared if name == "shared" else self.exact
+            steps = [r.steps[0] for r in self._generate(heads, strategy=strategy, reasoner=reasoner)]
+            found[name] = {
+                "auroc_mean": auroc([-(s.mean_score or 0) for s in steps], wrong),
+                "auroc_min": auroc([-(s.score or 0) for s in steps], wrong),
+                "wrong_caught": mean((s.score or 0) < 0.5 for s, w in zip(steps, wrong, strict=True) if w),
+                "right_rejected": mean(
+                    (s.score or 0) < 0.5 for s, w in zip(steps, wrong, strict=True) if not w
+                ),
+            }
+        return found
+
+    def _stepwise(self, problems: Sequence[Problem]) -> dict[str, Any]:
+        """The main job: stepwise beside large alone and small alone, with wall-clock seconds."""
+        questions = [p.question for p in problems]
+        runs: dict[str, Any] = {"problems": len(problems)}
+        for name, options in (
+            ("large alone", {"strategy": "single", "slice": self.large}),
+            ("small alone", {"strategy": "single", "slice": self.small}),
+            ("stepwise", {"strategy": "stepwise"}),
+        ):
+            began = time.perf_counter()
+            results = self._generate(questions, **options)
+            seconds = time.perf_counter() - began
+            steps = [s for r in results for s in r.steps]
+            thought = sum(r.usage.reasoning for r in results)
+            by_small = sum(r.usage.thinking_by_slice.get(self.small, 0) for r in results)
+            runs[name] = {
+                "solved": by_task(problems, results)["all"],
+                "seconds": round(seconds, 1),
+                "small_share": by_small / thought,
+                "steps_rewritten": mean(s.decision == "rewrite" for s in steps),
+            }
+        return runs
+
+    # ---- helpers ----
+
+    def _generate(
+        self,
+        prompts: Sequence[Any],
+        *,
+        strategy: str | Strategy,
+        slice: str | None = None,
+        reasoner: Reasoner | None = None,
+    ) -> list[Result]:
+        from cascade.strategies.single import Single
+
+        chosen = Single(slice=slice) if slice else strategy
+        task = self.progress.add_task(f"{chosen!r:.60}", total=len(prompts))
+        results: list[Result] = []
+        for begin in range(0, len(prompts), CHUNK):
+            requests = [
+                p if isinstance(p, str) else {"prompt_token_ids": p}
+                for p in prompts[begin : begin + CHUNK]
+            ]
+            results += (reasoner or self.exact).generate(requests, strategy=chosen)
+            self.progress.update(task, completed=len(results))
+        return results
+
+    def _answer(self, ids: list[int]) -> str:
+        text = self.exact.codec.decode([i for i in ids if i not in self.exact.codec.end_ids]) or ""
+        return text.rpartition("</think>")[2].strip()
+
+
+def with_new_steps(size: int, seed: int) -> Iterator[Problem]:
+    """Problems of all kinds in turn with an operation that training refused."""
+    pools: dict[str, Iterator[Problem]] = {
+        kind: (
+            p
+            for p in stream(kind, seed, **settings)
+            if any(map(held_out_step, solve(p.question).steps))
+        )
+        for kind, settings in NANO_KINDS.items()
+    }
+    kinds = list(pools)
+    for i in range(size):
+        yield next(pools[kinds[i % len(kinds)]])
+
+
+def by_task(problems: Sequence[Problem], results: Sequence[Result]) -> dict[str, float]:
+    """Share solved by kind, and over `all`."""
+    solved: dict[str, list[bool]] = defaultdict(list)
+    for problem, result in zip(problems, results, strict=True):
+        right = problem.score(result.answer) == 1
+        solved[problem.kind].append(right)
+        solved["all"].append(right)
+    return {kind: mean(values) for kind, values in solved.items()}
+
+
+def mean(values: Any) -> float:
+    found = [float(v) for v in values]
+    return sum(found) / len(found) if found else float("nan")
+
+
+def auroc(scores: Sequence[float], labels: Sequence[bool]) -> float:
+    """Chance that a positive scores above a negative; ties count half."""
+    order = torch.tensor(scores, dtype=torch.float64)
+    positive = torch.tensor(labels)
+    above = order[positive][:, None] - order[~positive][None]
+    return float((above > 0).double().mean() + 0.5 * (above == 0).double().mean())
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The tables of the model card."""
+    slices = list(report["accuracy"])
+    kinds = list(report["accuracy"][slices[0]])
+    lines = [f"Accuracy on {report['problems']} held-out problems, greedy, %", ""]
+    lines += ["| task | " + " | ".join(slices) + " |", "|---|" + "--:|" * len(slices)]
+    for kind in kinds:
+        cells = [f"{100 * report['accuracy'][s][kind]:.1f}" for s in slices]
+        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+    cells = [f"{100 * report['new_steps'][s]:.1f}" for s in slices]
+    lines.append(f"| operations never trained on ({report['new_steps']['problems']}) | " + " | ".join(cells) + " |")
+    lines += ["", "| handoff | writer | reader | shared cache | recomputed |", "|---|---|---|--:|--:|"]
+    for h in report["handoffs"]:
+        lines.append(
+            f"| {h['where']} | {h['writer']} | {h['reader']} "
+            f"| {100 * h['shared']:.1f} | {100 * h['recomputed']:.1f} |"
+        )
+    s = report["scores"]
+    lines += ["", f"Large's score of {s['steps']} small steps, {s['wrong']} of them wrong", ""]
+    lines += ["| cache | AUROC mean | AUROC min | wrong caught | right rejected |", "|---|--:|--:|--:|--:|"]
+    for name in ("shared", "recomputed"):
+        row = s[name]
+        lines.append(
+            f"| {name} | {row['auroc_mean']:.4f} | {row['auroc_min']:.4f} "
+            f"| {100 * row['wrong_caught']:.1f} % | {100 * row['right_rejected']:.1f} % |"
+        )
+    w = report["stepwise"]
+    lines += ["", f"{w['problems']} problems, {torch.get_num_threads()} threads", ""]
+    lines += ["| | solved | seconds | thinking by small | steps rewritten |", "|---|--:|--:|--:|--:|"]
+    for name in ("large alone", "small alone", "stepwise"):
+        row = w[name]
+        lines.append(
+            f"| {name} | {100 * row['solved']:.1f} % | {row['seconds']} "
+            f"| {100 * row['small_share']:.1f} % | {100 * row['steps_rewritten']:.1f} % |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
