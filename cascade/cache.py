@@ -9,10 +9,10 @@ them consistent:
     `commit` replays journal entries into windows and states.
 
 So a pass that fails, or whose tokens are rejected, leaves nothing to undo, and no state is stored
-per drafted token. The last committed token is always left in the journal: the next pass may belong
-to another slice, which needs that token's logits of its own and therefore runs it again. The
-promises about "the cache of n committed tokens" are about the first n - 1 of them; the last one
-enters with the next pass.
+per drafted token. The last committed token is never folded: it stays in the journal, or was not
+run at all (a bonus token), because the next pass may belong to another slice, which needs that
+token's logits of its own and therefore runs it again. The promises about "the cache of n committed
+tokens" are about the first n - 1 of them; the last one enters with the next pass.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from cascade.architecture import Architecture
-from cascade.errors import CacheFull
+from cascade.errors import CacheFull, RequestError
 
 
 class Journal:
@@ -65,14 +65,17 @@ class Slot:
     """The bookkeeping of one slot.
 
     `folded` tokens are in windows and states; the journal holds the `entries` tokens after them,
-    all run by `entry_slice`. `pure` says that the first `pure_length` folded tokens were all
-    written by slice `pure` over a prefix written by it: what a from-scratch prefill would hold.
+    all run by `entry_slice`, the slice that ran last. `tail` is the provenance of the last
+    committed token until the next pass takes it in. `pure` says that the first `pure_length`
+    folded tokens were all written by slice `pure` over a prefix written by it: what a from-scratch
+    prefill would hold.
     """
 
     index: int
     folded: int = 0
     entries: int = 0
     entry_slice: int = -1
+    tail: int = -1
     pure: int = -1
     pure_length: int = 0
     snapshot: Snapshot | None = None
@@ -92,8 +95,8 @@ class Saved:
 
     slot: Slot
     start: int
-    window: Tensor
-    state: Tensor
+    window: Tensor | None  # None where nothing was folded
+    state: Tensor | None
     keys: Tensor
     values: Tensor
     provenance: Tensor
@@ -118,7 +121,7 @@ class Cache:
     """Slots for `max_batch` sequences of `max_length` tokens, allocated once.
 
     keys, values [La, S, M, kv_heads, D]; window [Lm, S, K - 1, C]; state [Lm, S, H, P, N];
-    provenance [S, M] int8, the index of the slice that wrote a position, -1 where none did.
+    provenance [S, M] int8, the index of the slice that wrote a folded position, -1 where none did.
     """
 
     arch: Architecture
@@ -138,7 +141,12 @@ class Cache:
     journal: Journal = field(init=False, repr=False)
     _free: list[int] = field(init=False, repr=False)
 
+    @torch.inference_mode(False)  # a cache may outlive the block that opened it
     def __post_init__(self) -> None:
+        for name in ("max_batch", "max_length", "max_draft"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise RequestError(f"{name}={value!r} of a cache must be an integer of at least 1")
         arch, slots = self.arch, self.max_batch
         kv = (arch.num_attention, slots, self.max_length, arch.kv_heads, arch.attention_dim)
         self.keys = torch.zeros(kv, device=self.device, dtype=self.dtype)
@@ -165,27 +173,20 @@ class Cache:
         return len(self._free)
 
     def allocate(self) -> Slot:
-        """An empty slot. Raises CacheFull where none is left."""
+        """A slot in the state before the first token. Raises CacheFull where none is left."""
         if not self._free:
             raise CacheFull(
                 f"all {self.max_batch} slots of the cache are in use: close a sequence, "
                 "or build the cache with a larger max_batch"
             )
-        slot = Slot(self._free.pop())
-        self.clear(slot)
-        return slot
+        index = self._free[-1]
+        self.window[:, index] = 0
+        self.state[:, index] = 0
+        self.provenance[index] = -1
+        return Slot(self._free.pop())
 
     def release(self, slot: Slot) -> None:
         self._free.append(slot.index)
-
-    def clear(self, slot: Slot) -> None:
-        """Forget everything: the state before the first token."""
-        self.window[:, slot.index] = 0
-        self.state[:, slot.index] = 0
-        self.provenance[slot.index] = -1
-        slot.folded = slot.entries = slot.pure_length = 0
-        slot.entry_slice = slot.pure = -1
-        slot.snapshot = None
 
     def forget(self, slot: Slot, start: int) -> None:
         """Drop the journal's entries, and zero K and V from position `start` on.
@@ -210,7 +211,7 @@ class Cache:
                 self.state, journal.scanned, journal.dt, self.decay, rows, sources, counts
             )
             self.kernels.conv_commit(self.window, journal.inputs, rows, sources, counts)
-        self.kernels.provenance_stamp(self.provenance, rows, starts, counts + 1, writers)
+        self.kernels.provenance_stamp(self.provenance, rows, starts, counts, writers)
         moved = [f for f in folds if f.keep and (f.count or journal is not self.journal)]
         if moved:
             rows = self.index([fold.slot.index for fold in moved])
@@ -274,12 +275,12 @@ class Cache:
 
     def save(self, slot: Slot, start: int, end: int) -> Saved:
         """Copy what an operation on positions `[start, end)` of a slot may overwrite."""
-        row = slot.index
+        row, empty = slot.index, slot.folded == 0
         return Saved(
             replace(slot),
             start,
-            self.window[:, row].clone(),
-            self.state[:, row].clone(),
+            None if empty else self.window[:, row].clone(),
+            None if empty else self.state[:, row].clone(),
             self.keys[:, row, start:end].clone(),
             self.values[:, row, start:end].clone(),
             self.provenance[row].clone(),
@@ -288,8 +289,8 @@ class Cache:
     def put_back(self, slot: Slot, saved: Saved) -> None:
         """Undo everything since `save`, except the journal's entries, which are dropped."""
         row, end, earlier = slot.index, saved.start + saved.keys.shape[1], saved.slot
-        self.window[:, row] = saved.window
-        self.state[:, row] = saved.state
+        self.window[:, row] = 0 if saved.window is None else saved.window
+        self.state[:, row] = 0 if saved.state is None else saved.state
         self.keys[:, row, saved.start : end] = saved.keys
         self.values[:, row, saved.start : end] = saved.values
         self.provenance[row] = saved.provenance
@@ -310,7 +311,7 @@ class Cache:
                 self.kernels.journal_keep(part, part, rows, origin, torch.zeros_like(rows))
         for slot in targets:
             slot.folded, slot.entries = source.folded, min(source.entries, 1)
-            slot.entry_slice = source.entry_slice
+            slot.entry_slice, slot.tail = source.entry_slice, source.tail
             slot.pure, slot.pure_length = source.pure, source.pure_length
             slot.snapshot = source.snapshot
 

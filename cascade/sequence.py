@@ -1,4 +1,4 @@
-"""Sequences: the verbs append, draft, verify, commit, rollback, fork, refresh and audit.
+"""Sequences: append, draft or propose, verify, commit, rollback, fork, refresh and audit.
 
 `Sequence` is one sequence in one slot of a cache. `Batch` runs the same verb on several at once,
 ragged over rows; `Sequence`'s own verbs are a batch of one. Every verb either does all of its work
@@ -11,12 +11,14 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal, Self
 
+import torch
 from torch import Tensor
 
 from cascade.audit import AuditReport, audit
-from cascade.batch import Batch, TokenIds, rebuild, repair, restoring, settle
+from cascade.batch import Batch, TokenIds
 from cascade.cache import Cache, Slot
-from cascade.errors import RequestError, SequenceClosed, SequenceError, unknown
+from cascade.errors import RequestError, SequenceClosed, unknown
+from cascade.passes import settle
 from cascade.sampling import Sampler, SamplingParams
 
 if TYPE_CHECKING:
@@ -55,12 +57,12 @@ class Sequence:
             raise RequestError(unknown("consistency mode", consistency, MODES))
         self.model, self.cache, self.consistency = model, cache, consistency
         self.meter = Meter()
-        self._slot: Slot | None = cache.allocate()
         self._tokens: list[int] = []
         self._drafted: list[int] = []
-        # Logits [V] by the journal's writer: row i predicts token number length + i.
+        # Logits [V] by the slice that ran last: row i predicts token number length + i.
         self._rows: list[Tensor] = []
-        self._proposals: list[Tensor] = []
+        self._proposals: list[Tensor | None] = []  # None where `propose` gave the id
+        self._slot: Slot | None = cache.allocate()
 
     # ---- what is known ----
 
@@ -76,12 +78,21 @@ class Sequence:
 
     @property
     def proposals(self) -> list[Tensor]:
-        """For each drafted id the distribution [V] that it was really drawn from."""
-        return list(self._proposals)
+        """For each drafted id the distribution [V] that it was really drawn from; read only.
+
+        An id given to `propose` was drawn with probability 1.
+        """
+        return [
+            self._certainly(token) if proposal is None else proposal
+            for token, proposal in zip(self._drafted, self._proposals, strict=True)
+        ]
 
     @property
     def rows(self) -> list[Tensor]:
-        """Logits [V] known so far by the slice that ran last: row i is for drafted id i."""
+        """Logits [V] known so far by the slice that ran last: row i is for drafted id i.
+
+        Read only: the next verb may take them as known.
+        """
         return list(self._rows)
 
     @property
@@ -96,10 +107,13 @@ class Sequence:
 
     @property
     def provenance(self) -> list[str]:
-        """For each committed position the name of the slice that wrote it."""
-        names = list(self.model.slices)
-        row = self.cache.provenance[self.slot.index, : self.length]
-        return [names[i] for i in row.tolist()]
+        """For each committed position the name of the slice that wrote it.
+
+        The last one is provisional: the next pass runs that token again.
+        """
+        names, slot = list(self.model.slices), self.slot
+        row = self.cache.provenance[slot.index, : max(self.length - 1, 0)].tolist()
+        return [names[i] for i in [*row, slot.tail][: self.length]]
 
     @property
     def slot(self) -> Slot:
@@ -110,7 +124,8 @@ class Sequence:
 
     def exact_length(self, slice: str) -> int:
         """Leading tokens whose cache is exactly what `slice` alone would have written."""
-        return self.slot.exact_length(self.model.slice_index(slice))
+        exact = self.slot.exact_length(self.model.slice_index(slice))
+        return min(exact, max(self.length - 1, 0))
 
     # ---- verbs ----
 
@@ -137,16 +152,29 @@ class Sequence:
         """
         return Batch([self]).draft([k], slice, [params], until=until)[0]
 
+    def propose(self, ids: TokenIds) -> None:
+        """Take ids from elsewhere as drafted ids, behind those drafted so far.
+
+        No slice has run them yet; `verify` does. ids: a list or 1-D tensor, possibly empty.
+        """
+        Batch([self]).propose([ids])
+
     def verify(self, slice: str) -> Tensor:
         """Logits [k + 1, V] (fp32) of a slice over the k drafted ids.
 
-        Row i predicts drafted id i; the last row predicts the bonus token after them.
+        Row i predicts drafted id i; the last row predicts the bonus token after them. Another
+        slice may verify the same ids again; the same slice may not.
         """
         return Batch([self]).verify(slice)[0]
 
-    def commit(self, n: int) -> None:
-        """Keep the first `n` drafted ids (0 <= n <= k) and drop the others."""
-        Batch([self]).commit([n])
+    def commit(self, n: int, bonus: int | None = None) -> None:
+        """Keep the first `n` drafted ids (0 <= n <= k) and drop the others.
+
+        bonus: one more id to commit behind them, drawn from the verifier's logits. The next pass
+        runs it, so the promises are those of a commit without one. Ids that were neither drafted
+        nor verified by a slice are run under the one that ran last.
+        """
+        Batch([self]).commit([n], [bonus])
 
     def rollback(self, length: int) -> None:
         """Go back to an earlier committed length; drafted ids are dropped.
@@ -154,45 +182,29 @@ class Sequence:
         K and V are still there; windows and states are re-run from the newest stored state, each
         span under the slice that wrote it.
         """
-        slot = self.slot
-        if isinstance(length, bool) or not isinstance(length, int):
-            raise RequestError(f"{length!r} is not a length")
-        if not 0 <= length <= self.length:
-            raise SequenceError(
-                f"cannot roll back to length {length}: the sequence has {self.length} tokens"
-            )
-        if length < self.length:
-            keep = max(length - 1, 0)
-            with restoring([self], [self.cache.rewind_target(slot, keep)]):
-                if slot.folded > keep:
-                    self.cache.rewind(slot, keep)
-                rebuild(self, keep)
-            self.cache.provenance[slot.index, length:] = -1
-            del self._tokens[length:]
-            slot.entries, self._rows = 0, []
-        self.drop_draft()
+        Batch([self]).rollback([length])
 
     def fork(self, n: int = 1) -> list[Sequence]:
         """`n` independent sequences with the same committed tokens; nothing writable is shared.
 
-        Drafted ids stay with this sequence alone.
+        Drafted ids stay with this sequence alone. Raises CacheFull where slots are missing.
         """
-        if n < 1:
-            raise RequestError(f"cannot fork into {n} sequences; ask for at least one")
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise RequestError(f"cannot fork into {n!r} sequences; ask for at least one")
         slot = self.slot
         forks: list[Sequence] = []
         try:
             for _ in range(n):
                 forks.append(Sequence(self.model, self.cache, self.consistency))
             self.cache.copy(slot, [fork.slot for fork in forks], self.length)
+            for fork in forks:
+                fork._tokens = list(self._tokens)
+                fork._rows = [row.clone() for row in self._rows[:1] if fork.slot.entries]
+            return forks
         except BaseException:
             for fork in forks:
                 fork.close()
             raise
-        for fork in forks:
-            fork._tokens = list(self._tokens)
-            fork._rows = self._rows[:1] if fork.slot.entries else []
-        return forks
 
     def refresh(self, slice: str) -> int:
         """Re-run what `slice` did not write, and return how many tokens that were.
@@ -200,14 +212,7 @@ class Sequence:
         Restarts from the newest stored state whose prefix is exact for that slice; afterwards the
         cache is what the slice alone would hold. Drafted ids are dropped.
         """
-        writer = self.model.slice_index(slice)
-        settle([self])
-        count, exact = 0, self.slot.exact_length(writer)
-        if exact < self.slot.folded:
-            with restoring([self], [self.cache.rewind_target(self.slot, exact)]):
-                count = repair([self], writer)
-        self.drop_draft()
-        return count
+        return Batch([self]).refresh(slice)[0]
 
     def audit(self, slice: str, *, tolerance: float = 1e-4) -> AuditReport:
         """Compare the cache with a from-scratch prefill of the committed tokens under `slice`."""
@@ -219,14 +224,22 @@ class Sequence:
         slot = self.slot
         committed = self.length - slot.folded
         slot.entries = min(slot.entries, committed)
-        self._rows = self._rows[:1] if slot.entries == committed else []
+        # A copy: a view would keep the logits of a whole pass alive.
+        self._rows = [row.clone() for row in self._rows[:1] if slot.entries == committed]
         self._drafted, self._proposals = [], []
 
     def close(self) -> None:
         """Give the slot back. Closing twice is allowed."""
-        if self._slot is not None:
-            self.cache.release(self._slot)
-            self._slot = None
+        slot, self._slot = self._slot, None
+        if slot is not None:
+            self._rows, self._drafted, self._proposals = [], [], []
+            self.cache.release(slot)
+
+    def _certainly(self, token: int) -> Tensor:
+        """The distribution [V] that has nothing but one id."""
+        return torch.zeros(self.model.arch.vocab_size, device=self.cache.device).index_fill_(
+            0, torch.tensor(token, device=self.cache.device), 1.0
+        )
 
     def __enter__(self) -> Self:
         return self

@@ -13,7 +13,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,20 +25,17 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 
 from nano import checkpoint, network, vocabulary
-from nano.check import accuracy
 from nano.documents import Rows, batches
 from nano.muon import Optimizer
 from nano.network import Nano, Sizes, Widths, pair_forward
 
-PRESETS = {
-    "nano": (Sizes(), {"small": (64, 8), "medium": (128, 32), "large": (320, 128)}),
+PRESETS: dict[str, tuple[Sizes, dict[str, Widths]]] = {
+    "nano": (Sizes(), {"small": (24, 8), "medium": (64, 16), "large": (320, 128)}),
     "tiny": (
         Sizes(pattern="ME*ME", hidden=64, ffn=32, shared=64, experts=4, heads=4, head_dim=16, state=16),
         {"small": (24, 8), "medium": (40, 16), "large": (64, 32)},
     ),
 }
-# Which two slices run together, by turns.
-PAIRS = (("large", "small"), ("large", "medium"), ("large", "small"), ("large", "medium"), ("medium", "small"))
 MIX_FROM = 0.35  # share of the time after which half of the rows have caches of mixed owners
 COOL_FROM = 0.4  # share of the time after which the learning rate falls linearly to zero
 WARM_STEPS = 100
@@ -55,31 +52,25 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=None, help="rows of 224 tokens a batch")
     parser.add_argument("--workers", type=int, default=None, help="processes that make data")
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument(
+        "--also", action="append", default=[], metavar="HIDDENxFFN", help="train this width besides"
+    )
     args = parser.parse_args()
     on_gpu = args.device.startswith("cuda")
     rows = args.rows or (272 if on_gpu else 16)
     workers = args.workers if args.workers is not None else (14 if on_gpu else 1)
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
-    plain = {name: getattr(network, name) for name in COMPILED}
     if on_gpu and not args.no_compile:
         compile_layers()
     sizes, slices = PRESETS[args.preset]
-    trainer = Trainer(Nano(sizes, args.seed).to(args.device), slices, args.device, args.seed)
+    trained = slices | {also: parse_width(also) for also in args.also}
+    trainer = Trainer(Nano(sizes, args.seed).to(args.device), trained, args.device)
     args.out.mkdir(parents=True, exist_ok=True)
     trainer.resume(args.out)
     source = batches(args.seed + trainer.step, rows, 224, workers)
     train(trainer, source, args.minutes * 60, args.out, warm_up=on_gpu and not args.no_compile)
     checkpoint.write(trainer.model, slices, args.out)
-    for name, function in plain.items():
-        setattr(network, name, function)
-    if on_gpu:
-        pairs = (("large", "medium"), ("small", "small"))
-        for a, b in pairs:
-            found = accuracy(trainer.model, (slices[a], slices[b]), args.device)
-            for name, result in zip((a, b), found, strict=True):
-                print(name, {k: round(v, 3) for k, v in result.items()}, flush=True)
-                trainer.log[f"accuracy_{name}"] = result
     log = trainer.log | {
         "command": " ".join(["python", *sys.argv]),
         "seed": args.seed,
@@ -90,6 +81,19 @@ def main() -> None:
     (args.out / "training_log.json").write_text(json.dumps(log, indent=1) + "\n")
     print(f"wrote {args.out}", flush=True)
     source.close()  # type: ignore[attr-defined]
+
+
+def parse_width(text: str) -> Widths:
+    hidden, _, ffn = text.partition("x")
+    return int(hidden), int(ffn)
+
+
+def pairs(slices: Mapping[str, Widths]) -> list[tuple[str, str]]:
+    """Which two slices run together, by turns: the largest with each other one, twice as often as
+    the second largest with the smallest."""
+    names = sorted(slices, key=lambda name: slices[name], reverse=True)
+    with_largest = [(names[0], other) for other in reversed(names[1:])]
+    return [*with_largest, *with_largest, (names[1], names[-1])]
 
 
 def compile_layers() -> None:
@@ -106,17 +110,17 @@ class Trainer:
     model: Nano
     slices: dict[str, Widths]
     device: str
-    seed: int
 
     def __post_init__(self) -> None:
         self.optimizer = Optimizer(dict(self.model.named_parameters()))
+        self.pairs = pairs(self.slices)
         self.step, self.elapsed, self.tokens = 0, 0.0, 0
         self.losses: dict[str, float] = {}
         self.log: dict[str, object] = {"progress": []}
 
     def update(self, rows: Rows, share: float) -> None:
         """One step; `share` is the part of the time that has passed."""
-        first, second = PAIRS[self.step % len(PAIRS)]
+        first, second = self.pairs[self.step % len(self.pairs)]
         ids, document, reply = self._to_device(rows)
         owner, mixed = owners(ids, document, reply, 0.5 if share >= MIX_FROM else 0.0)
         foreign = (mixed & (owner == 1), mixed & (owner == 0))
@@ -179,7 +183,7 @@ def train(
         began = time.perf_counter()
         keep = {k: v.clone() for k, v in checkpoint.state(trainer.model).items()}
         step = trainer.step
-        for _ in PAIRS:
+        for _ in trainer.pairs:
             for attempt in range(3):
                 try:
                     trainer.update(next(source), 0.5)

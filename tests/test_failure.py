@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from cascade import batch as batch_module
+from cascade import passes
 from cascade.batch import Batch
 from cascade.cache import Cache
 from cascade.errors import (
@@ -44,8 +44,8 @@ def model(kernels: FaultyKernels) -> ElasticModel:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch, kernels: FaultyKernels) -> Iterator[None]:
-    monkeypatch.setattr(batch_module, "PREFILL_CHUNK", 4)
-    monkeypatch.setattr(batch_module, "SNAPSHOT_INTERVAL", 6)
+    monkeypatch.setattr(passes, "PREFILL_CHUNK", 4)
+    monkeypatch.setattr(passes, "SNAPSHOT_INTERVAL", 6)
     yield
     kernels.disarm()
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import NemotronHForCausalLM
 
-from cascade import batch as batch_module
+from cascade import passes
 from cascade.batch import Batch
 from cascade.model import ElasticModel
 from cascade.weights import ModelWeights
@@ -94,7 +94,7 @@ def test_uneven_chunks_and_left_over_chunks_change_nothing(
     chunk: int,
     max_draft: int,
 ) -> None:
-    monkeypatch.setattr(batch_module, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(passes, "PREFILL_CHUNK", chunk)
     cache = model.cache(max_batch=1, max_length=256, max_draft=max_draft)
     with model.sequence(cache=cache) as seq:
         for end in (1, 3, 4, 61, 64, 65, 68, 130):

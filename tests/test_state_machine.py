@@ -26,7 +26,7 @@ from hypothesis.stateful import (
 )
 from torch import Tensor
 
-from cascade import batch as batch_module
+from cascade import passes
 from cascade.batch import Batch
 from cascade.cache import Cache
 from cascade.kernels.reference import cache_digest
@@ -280,7 +280,7 @@ class Verbs(RuleBasedStateMachine):
     def check_cache(self, row: Shadow, exact: str | None = None) -> None:
         """Equal to running each span again under its writer; in exact mode, to a prefill."""
         sequence = row.sequence
-        batch_module.settle([sequence])
+        passes.settle([sequence])
         count = max(len(row.tokens) - 1, 0)
         if not count:
             return
@@ -370,8 +370,8 @@ def run(model: ElasticModel, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = FaultyKernels(model.kernels)
     monkeypatch.setattr(model, "kernels", kernels)
     # So small that short sequences take the long paths as well.
-    monkeypatch.setattr(batch_module, "PREFILL_CHUNK", 5)
-    monkeypatch.setattr(batch_module, "SNAPSHOT_INTERVAL", 8)
+    monkeypatch.setattr(passes, "PREFILL_CHUNK", 5)
+    monkeypatch.setattr(passes, "SNAPSHOT_INTERVAL", 8)
     machine = type("Machine", (Verbs,), {"model": model, "kernels": kernels})
     run_state_machine_as_test(
         machine,
