@@ -49,7 +49,7 @@ format: $(VENV)/test.stamp
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info tools/*/build tools/*/*.egg-info
+	rm -rf $(VENV) build dist *.egg-info .ci/*/build .ci/*/*.egg-info
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
@@ -63,7 +63,7 @@ $(VENV)/run.stamp: $(INPUTS) | $(BIN)/python
 	@echo "installing torch, transformers and cascade into $(VENV) ..."
 	@$(PIP) --no-compile setuptools torch transformers
 	@$(PIP) pycosat >$(VENV)/pycosat.log 2>&1 || \
-		{ echo "pycosat did not build, see $(VENV)/pycosat.log: no zebra puzzles"; $(PIP) ./tools/pycosat; }
+		{ echo "pycosat did not build, see $(VENV)/pycosat.log: no zebra puzzles"; $(PIP) ./.ci/pycosat; }
 	@$(PIP) --editable '.[eval]'
 	@touch $@
 

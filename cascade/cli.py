@@ -105,7 +105,9 @@ def demo(
             printer.show(event)
             if event.kind == "done":
                 mark = "right" if problem.score(event.result.answer) == 1 else "wrong"
-                console.print(f"{summary(event.result)} · {mark}\n", highlight=False, soft_wrap=True)
+                console.print(
+                    f"{summary(event.result)} · {mark}\n", highlight=False, soft_wrap=True
+                )
     rows = []
     runs = {
         f"{large} alone": Single(slice=large),

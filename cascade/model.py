@@ -155,9 +155,7 @@ class ElasticModel:
         dense = spec.parameters - routed - arch.vocab_size * spec.hidden_size
         return int((dense + routed * reached) * self.dtype.itemsize)
 
-    def slice_for(
-        self, *, params: int | str | None = None, memory: int | str | None = None
-    ) -> str:
+    def slice_for(self, *, params: int | str | None = None, memory: int | str | None = None) -> str:
         """The name of the largest trained slice within a number of parameters or of bytes.
 
         params: `12_500_000_000` or `"12.5B"`; memory: bytes or `"24GB"`, of weights in this
@@ -243,4 +241,3 @@ class ElasticModel:
         self._slices[slice] = spec.model_copy(update={"name": slice})
         self._names.append(slice)
         self._views.append(self._view(spec))
-

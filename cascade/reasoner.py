@@ -146,7 +146,9 @@ class Reasoner:
         many = isinstance(prompt, (list, tuple)) and not is_messages(prompt)
         results: dict[int, Result] = {}
         with self._lock:
-            jobs, samples = self._jobs(list(prompt) if many else [prompt], params, strategy, policy, overrides)
+            jobs, samples = self._jobs(
+                list(prompt) if many else [prompt], params, strategy, policy, overrides
+            )
             for outcome in scheduler.run(jobs, self.max_batch):
                 if isinstance(outcome.event, Done):
                     if outcome.error is not None and not many:
@@ -174,13 +176,17 @@ class Reasoner:
                     raise outcome.error
                 yield outcome.event
 
-    def stream_text(self, prompt: Any, params: SamplingParams | None = None, **kw: Any) -> Iterator[str]:
+    def stream_text(
+        self, prompt: Any, params: SamplingParams | None = None, **kw: Any
+    ) -> Iterator[str]:
         """Committed text only, step by step: nothing that is yielded is ever taken back."""
         for event in self.stream(prompt, params, **kw):
             if event.kind == "step_committed" and event.step.text:
                 yield event.step.text
 
-    async def agenerate(self, prompt: Any, params: SamplingParams | None = None, **kw: Any) -> Result:
+    async def agenerate(
+        self, prompt: Any, params: SamplingParams | None = None, **kw: Any
+    ) -> Result:
         """`generate` for one prompt without blocking the event loop. Cancelling stops the work."""
         async for event in self.astream(prompt, params, **kw):
             if isinstance(event, Done):
@@ -216,7 +222,12 @@ class Reasoner:
             await asyncio.shield(worker)
 
     def audit(
-        self, prompt: Any, params: SamplingParams | None = None, *, tolerance: float = 1e-4, **kw: Any
+        self,
+        prompt: Any,
+        params: SamplingParams | None = None,
+        *,
+        tolerance: float = 1e-4,
+        **kw: Any,
     ) -> AuditReport:
         """Run one prompt and compare its cache with a prefill by the verifying slice alone."""
         reports: list[AuditReport] = []
@@ -268,9 +279,7 @@ class Reasoner:
                 elif sample or shared_seed:
                     seed = derive_seed(seed, number if shared_seed else 0, sample)
                 sampler = Sampler(settings, seed, len(ids), self._ends(settings))
-                jobs.append(
-                    Job(len(jobs), self._starter(chosen, roles, sampler, text, ids))
-                )
+                jobs.append(Job(len(jobs), self._starter(chosen, roles, sampler, text, ids)))
         return jobs, samples
 
     def _starter(
@@ -301,7 +310,9 @@ class Reasoner:
             raise RequestError("stop strings need a tokenizer; use stop_token_ids")
         for token in (*params.stop_token_ids, *params.logit_bias):
             if not 0 <= token < vocab:
-                raise RequestError(f"token id {token} in stop_token_ids or logit_bias is not in [0, {vocab})")
+                raise RequestError(
+                    f"token id {token} in stop_token_ids or logit_bias is not in [0, {vocab})"
+                )
         budget = params.thinking_token_budget
         if budget is not None and params.max_tokens is not None and budget > params.max_tokens:
             raise RequestError(
@@ -334,7 +345,9 @@ def _params_for(
         return each
     try:
         changes = SamplingParams.model_validate(dict(overrides)).model_dump(exclude_unset=True)
-        merged = [SamplingParams.model_validate(p.model_dump(exclude_unset=True) | changes) for p in each]
+        merged = [
+            SamplingParams.model_validate(p.model_dump(exclude_unset=True) | changes) for p in each
+        ]
     except ValidationError as error:
         raise RequestError(_explain(error)) from None
     return merged

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError
 
 from cascade.errors import CheckpointError, RequestError, SliceError
-from cascade.tensors import EMBEDDINGS, HEAD, ROUTED, ROUTER_BIAS, tensor_shapes
+from cascade.tensors import EMBEDDINGS, ROUTED, ROUTER_BIAS, tensor_shapes
 
 if TYPE_CHECKING:
     import torch

@@ -197,9 +197,7 @@ class Task:
         """Note that drafted ids were dropped."""
         step = self._open
         step.retracted = tuple(ids)
-        self.events.append(
-            StepRetracted(self.codec.decode(ids), tuple(ids), slice, step.score)
-        )
+        self.events.append(StepRetracted(self.codec.decode(ids), tuple(ids), slice, step.score))
 
     def close_step(
         self, decision: Literal["accept", "rewrite", "written", "forced"], slice: str, drafter: str

@@ -75,7 +75,10 @@ class Timer:
             torch.cuda.synchronize(self.device)
 
     def host_and_device(
-        self, work: Callable[[], object], before: Callable[[], object] = lambda: None, runs: int = 30
+        self,
+        work: Callable[[], object],
+        before: Callable[[], object] = lambda: None,
+        runs: int = 30,
     ) -> float:
         """Median microseconds from the call to the end of its device work."""
         times = []
@@ -135,7 +138,9 @@ def check(model: ElasticModel) -> None:
 
 
 def resident(model: ElasticModel) -> Figure:
-    parent = sum({t.data_ptr(): t.nbytes for _, t in model.weights(model.largest).named_tensors()}.values())
+    parent = sum(
+        {t.data_ptr(): t.nbytes for _, t in model.weights(model.largest).named_tensors()}.values()
+    )
     ratio = model.nbytes / parent
     name = f"weights resident with all slices live: {model.nbytes / 1e9:.2f} GB, x parent's own"
     return Figure(name, ratio, 0, "<= 1.01", ratio <= 1.01)
@@ -155,7 +160,9 @@ def switch(model: ElasticModel, timer: Timer) -> Figure:
             sequence.slot.usable(model.slice_index(name))
 
         time_us = timer.host_and_device(work)
-    return Figure("switch the slice of a live sequence, no refresh", time_us, 0, "<= 50 us", time_us <= 50)
+    return Figure(
+        "switch the slice of a live sequence, no refresh", time_us, 0, "<= 50 us", time_us <= 50
+    )
 
 
 def commit(model: ElasticModel, timer: Timer, bandwidth: float, rows: int) -> Figure:
@@ -189,7 +196,9 @@ def commit(model: ElasticModel, timer: Timer, bandwidth: float, rows: int) -> Fi
         bar, met = ">= 60 % of copy bandwidth", share >= 0.6
     for sequence in sequences:
         sequence.close()
-    return Figure(f"commit after verifying {drafted} tokens, batch {rows}", time_us, moved, bar, met)
+    return Figure(
+        f"commit after verifying {drafted} tokens, batch {rows}", time_us, moved, bar, met
+    )
 
 
 def fork(model: ElasticModel, timer: Timer, bandwidth: float, length: int) -> Figure:
@@ -201,10 +210,20 @@ def fork(model: ElasticModel, timer: Timer, bandwidth: float, length: int) -> Fi
         time_us = timer.device_only(lambda: cache.copy(sequence.slot, targets, length))
         for slot in targets:
             cache.release(slot)
-    one = length * arch.bytes_per_token(model.dtype) + arch.state_bytes() + arch.window_bytes(model.dtype)
+    one = (
+        length * arch.bytes_per_token(model.dtype)
+        + arch.state_bytes()
+        + arch.window_bytes(model.dtype)
+    )
     moved = (copies + 1) * one  # read once, written to every copy
     share = moved / bandwidth / (time_us * 1e-6)
-    return Figure(f"fork 1 -> {copies} at {length} tokens", time_us, moved, ">= 60 % of copy bandwidth", share >= 0.6)
+    return Figure(
+        f"fork 1 -> {copies} at {length} tokens",
+        time_us,
+        moved,
+        ">= 60 % of copy bandwidth",
+        share >= 0.6,
+    )
 
 
 def refresh(model: ElasticModel, timer: Timer, stale: int = 512) -> Figure:
@@ -230,7 +249,13 @@ def refresh(model: ElasticModel, timer: Timer, stale: int = 512) -> Figure:
         prefilled = timer.host_and_device(lambda: plain.append(tail, large), prepare_plain, runs=5)
     ratio = refreshed / prefilled
     print(f"refresh {refreshed / 1e3:.1f} ms, prefill {prefilled / 1e3:.1f} ms", flush=True)
-    return Figure(f"exact refresh of {stale} stale tokens, x a plain prefill", ratio, 0, "<= 1.1", ratio <= 1.1)
+    return Figure(
+        f"exact refresh of {stale} stale tokens, x a plain prefill",
+        ratio,
+        0,
+        "<= 1.1",
+        ratio <= 1.1,
+    )
 
 
 def report(figures: list[Figure], bandwidth: float) -> None:

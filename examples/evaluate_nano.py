@@ -168,9 +168,7 @@ class Evaluation:
                 self._answer([*head[len(prompt) :], *tail.token_ids])
                 for prompt, head, tail in zip(prompts, heads, tails, strict=True)
             ]
-            solved[name] = mean(
-                p.score(a) == 1 for p, a in zip(problems, answers, strict=True)
-            )
+            solved[name] = mean(p.score(a) == 1 for p, a in zip(problems, answers, strict=True))
         return {"where": where, "writer": writer, "reader": reader} | solved
 
     def _scores(
@@ -200,11 +198,15 @@ class Evaluation:
         for name, writer in (("shared", self.small), ("recomputed", self.large)):
             strategy = ScoreOneStep(writer=writer, draft=self.small, verify=self.large)
             reasoner = self.shared if name == "shared" else self.exact
-            steps = [r.steps[0] for r in self._generate(heads, strategy=strategy, reasoner=reasoner)]
+            steps = [
+                r.steps[0] for r in self._generate(heads, strategy=strategy, reasoner=reasoner)
+            ]
             found[name] = {
                 "auroc_mean": auroc([-(s.mean_score or 0) for s in steps], wrong),
                 "auroc_min": auroc([-(s.score or 0) for s in steps], wrong),
-                "wrong_caught": mean((s.score or 0) < 0.5 for s, w in zip(steps, wrong, strict=True) if w),
+                "wrong_caught": mean(
+                    (s.score or 0) < 0.5 for s, w in zip(steps, wrong, strict=True) if w
+                ),
                 "right_rejected": mean(
                     (s.score or 0) < 0.5 for s, w in zip(steps, wrong, strict=True) if not w
                 ),
@@ -311,8 +313,16 @@ def markdown(report: dict[str, Any]) -> str:
         cells = [f"{100 * report['accuracy'][s][kind]:.1f}" for s in slices]
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
     cells = [f"{100 * report['new_steps'][s]:.1f}" for s in slices]
-    lines.append(f"| operations never trained on ({report['new_steps']['problems']}) | " + " | ".join(cells) + " |")
-    lines += ["", "| handoff | writer | reader | shared cache | recomputed |", "|---|---|---|--:|--:|"]
+    lines.append(
+        f"| operations never trained on ({report['new_steps']['problems']}) | "
+        + " | ".join(cells)
+        + " |"
+    )
+    lines += [
+        "",
+        "| handoff | writer | reader | shared cache | recomputed |",
+        "|---|---|---|--:|--:|",
+    ]
     for h in report["handoffs"]:
         lines.append(
             f"| {h['where']} | {h['writer']} | {h['reader']} "
@@ -320,7 +330,10 @@ def markdown(report: dict[str, Any]) -> str:
         )
     s = report["scores"]
     lines += ["", f"Large's score of {s['steps']} small steps, {s['wrong']} of them wrong", ""]
-    lines += ["| cache | AUROC mean | AUROC min | wrong caught | right rejected |", "|---|--:|--:|--:|--:|"]
+    lines += [
+        "| cache | AUROC mean | AUROC min | wrong caught | right rejected |",
+        "|---|--:|--:|--:|--:|",
+    ]
     for name in ("shared", "recomputed"):
         row = s[name]
         lines.append(
@@ -329,7 +342,10 @@ def markdown(report: dict[str, Any]) -> str:
         )
     w = report["stepwise"]
     lines += ["", f"{w['problems']} problems, {torch.get_num_threads()} threads", ""]
-    lines += ["| | solved | seconds | thinking by small | steps rewritten |", "|---|--:|--:|--:|--:|"]
+    lines += [
+        "| | solved | seconds | thinking by small | steps rewritten |",
+        "|---|--:|--:|--:|--:|",
+    ]
     for name in ("large alone", "small alone", "stepwise"):
         row = w[name]
         lines.append(

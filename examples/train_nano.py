@@ -32,7 +32,9 @@ from nano.network import Nano, Sizes, Widths, pair_forward
 PRESETS: dict[str, tuple[Sizes, dict[str, Widths]]] = {
     "nano": (Sizes(), {"small": (24, 8), "medium": (64, 16), "large": (320, 128)}),
     "tiny": (
-        Sizes(pattern="ME*ME", hidden=64, ffn=32, shared=64, experts=4, heads=4, head_dim=16, state=16),
+        Sizes(
+            pattern="ME*ME", hidden=64, ffn=32, shared=64, experts=4, heads=4, head_dim=16, state=16
+        ),
         {"small": (24, 8), "medium": (40, 16), "large": (64, 32)},
     ),
 }
@@ -155,7 +157,10 @@ class Trainer:
 
     def save(self, directory: Path) -> None:
         save_file(
-            {k: v.contiguous() for k, v in (checkpoint.state(self.model) | self.optimizer.state()).items()},
+            {
+                k: v.contiguous()
+                for k, v in (checkpoint.state(self.model) | self.optimizer.state()).items()
+            },
             directory / "resume.safetensors.part",
         )
         progress = {"step": self.step, "elapsed": self.elapsed, "tokens": self.tokens}

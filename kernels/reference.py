@@ -73,7 +73,9 @@ def conv_commit(
     window[:, rows] = joined.gather(2, index)
 
 
-def journal_keep(target: Tensor, journal: Tensor, rows: Tensor, sources: Tensor, entries: Tensor) -> None:
+def journal_keep(
+    target: Tensor, journal: Tensor, rows: Tensor, sources: Tensor, entries: Tensor
+) -> None:
     """Copy journal entry `entries[r]` of row `sources[r]` to entry 0 of `target`'s row `rows[r]`.
 
     target: [L, S, J, X]; journal: [L, S', J', X], possibly the same tensor.
@@ -98,7 +100,13 @@ def kv_compact(keys: Tensor, values: Tensor, rows: Tensor, starts: Tensor, kept:
 
 
 def fork_copy(
-    keys: Tensor, values: Tensor, window: Tensor, state: Tensor, source: int, targets: Tensor, length: int
+    keys: Tensor,
+    values: Tensor,
+    window: Tensor,
+    state: Tensor,
+    source: int,
+    targets: Tensor,
+    length: int,
 ) -> None:
     """Copy one slot's first `length` positions, windows and states to every slot in `targets`."""
     for cache in (keys, values):
@@ -138,7 +146,9 @@ def cache_digest(
     probability about 2**-64. Not cryptographic.
     """
     blocks = -(-keys.shape[2] // block)
-    attention = torch.zeros(keys.shape[0], rows.numel(), blocks, dtype=torch.int64, device=keys.device)
+    attention = torch.zeros(
+        keys.shape[0], rows.numel(), blocks, dtype=torch.int64, device=keys.device
+    )
     recurrent = torch.zeros(state.shape[0], rows.numel(), dtype=torch.int64, device=state.device)
     for part, cache in enumerate((keys, values)):
         per_position = cache.shape[3] * cache.shape[4]
@@ -269,7 +279,9 @@ def ssm_scan(
             future = torch.ones(gap.shape[2:], dtype=torch.bool, device=gap.device).triu(
                 first - begin + 1
             )
-            write_heads = write[:, begin:end].permute(0, 2, 3, 1).repeat_interleave(heads // groups, 1)
+            write_heads = (
+                write[:, begin:end].permute(0, 2, 3, 1).repeat_interleave(heads // groups, 1)
+            )
             mix = (query @ write_heads) * gap.masked_fill(future, -torch.inf).exp()
             y = mix @ weighted[:, begin:end].transpose(1, 2)  # [R, H, m, P]
             y = y + (query @ running.transpose(-1, -2)) * now.exp()[..., None]
@@ -280,7 +292,9 @@ def ssm_scan(
     return (y + skip.float()[:, None] * x[:, first_new:]).reshape(rows, length, heads * head_dim)
 
 
-def attention(query: Tensor, keys: Tensor, values: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+def attention(
+    query: Tensor, keys: Tensor, values: Tensor, rows: Tensor, positions: Tensor
+) -> Tensor:
     """Causal grouped-query attention of new tokens over their slots.
 
     query: [R, T, heads, D]; keys, values: [S, M, kv_heads, D], holding the new tokens already

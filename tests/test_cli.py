@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from cascade.cli import app, main
-from typer.testing import CliRunner
 
 runner = CliRunner()
 
@@ -65,7 +65,15 @@ def test_export_writes_a_checkpoint_that_cascade_runs(tmp_path: Path) -> None:
     data = json.loads(cascade("inspect", str(tmp_path / "small"), "--json"))
     assert list(data["slices"]) == ["small"]
     answer = json.loads(
-        cascade("run", "57 + 87 + 70", "--model", str(tmp_path / "small"), "--strategy", "single", "--json")
+        cascade(
+            "run",
+            "57 + 87 + 70",
+            "--model",
+            str(tmp_path / "small"),
+            "--strategy",
+            "single",
+            "--json",
+        )
     )
     assert answer["finish_reason"] == "stop"
 

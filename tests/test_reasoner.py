@@ -92,13 +92,17 @@ def test_a_seed_gives_the_same_tokens_alone_and_in_a_batch(reasoner: Reasoner) -
 
 
 def test_requests_of_one_call_do_not_share_their_random_numbers(reasoner: Reasoner) -> None:
-    results = reasoner.generate([QUESTION] * 4, strategy=Single(slice="small"), temperature=2.0, seed=7)
+    results = reasoner.generate(
+        [QUESTION] * 4, strategy=Single(slice="small"), temperature=2.0, seed=7
+    )
     assert len({r.token_ids for r in results}) > 1
     assert len({r.seed for r in results}) == 4
 
 
 def test_n_samples_come_in_one_result(reasoner: Reasoner) -> None:
-    result = reasoner.generate(QUESTION, n=3, temperature=1.5, seed=1, strategy=Single(slice="small"))
+    result = reasoner.generate(
+        QUESTION, n=3, temperature=1.5, seed=1, strategy=Single(slice="small")
+    )
     assert len(result.samples) == 3
     assert result.samples[0].token_ids == result.token_ids
     assert len({s.seed for s in result.samples}) == 3

@@ -29,6 +29,7 @@ from torch import Tensor
 from cascade import passes
 from cascade.batch import Batch
 from cascade.cache import Cache
+from cascade.errors import SequenceError
 from cascade.kernels.reference import cache_digest
 from cascade.model import ElasticModel
 from cascade.sequence import MODES, Sequence
@@ -44,15 +45,21 @@ slices = st.sampled_from(SLICES)
 
 @dataclass
 class Shadow:
-    """What a sequence must say of itself. writers[-1] is provisional, and not compared."""
+    """What a sequence must say of itself. writers[-1] is provisional, and not compared.
+
+    runner:   the slice that ran last: what it ran, or did not, is committed as its own
+    verified: the slice that ran all of the drafted ids as its last act, if one did
+    settled:  False after a failed verb: the next one may have to rebuild
+    """
 
     sequence: Sequence
     mode: str
     tokens: list[int] = field(default_factory=list)
     writers: list[str] = field(default_factory=list)
     drafted: list[int] = field(default_factory=list)
-    runner: str = ""  # the slice that last ran the drafted ids
-    settled: bool = True  # False after a failed verb: the next one may have to rebuild
+    runner: str = ""
+    verified: str | None = None
+    settled: bool = True
 
     def prefix(self, writer: str) -> int:
         """Leading positions before the last that `writer` wrote."""
@@ -61,15 +68,19 @@ class Shadow:
 
     def prepare(self, writer: str) -> None:
         """What `append` and `verify` of a slice do to the committed tokens first."""
+        self.runner = writer
         if self.mode == "exact":
             self.writers = [writer] * len(self.writers)
 
-    def extend(self, ids: list[int], writer: str) -> None:
-        """Commit ids run by a slice: it ran the last token before them again as well."""
+    def extend(self, ids: list[int]) -> None:
+        """Commit ids of the runner: it ran the last token before them again as well."""
         if ids:
-            self.writers[-1:] = [writer] * (len(ids) + bool(self.tokens))
+            self.writers[-1:] = [self.runner] * (len(ids) + bool(self.tokens))
             self.tokens += ids
-        self.drafted = []
+        self.drop()
+
+    def drop(self) -> None:
+        self.drafted, self.verified = [], None
 
 
 class Verbs(RuleBasedStateMachine):
@@ -113,7 +124,7 @@ class Verbs(RuleBasedStateMachine):
     def append_to(self, rows: list[Shadow], ids: list[list[int]], slice: str) -> None:
         for row, logits in self.verb(rows, lambda batch: batch.append(ids, slice)):
             row.prepare(slice)
-            row.extend(ids[rows.index(row)], slice)
+            row.extend(ids[rows.index(row)])
             self.check_logits(row.tokens, row.writers, logits)
             self.check_cache(row, exact=slice)
 
@@ -128,19 +139,34 @@ class Verbs(RuleBasedStateMachine):
             assert not until.intersection(ids[:-1])
             row.drafted += ids
             if ids:
-                row.runner = slice
+                row.runner, row.verified = slice, None
                 self.check_last_draft(row)
+
+    @rule(data=st.data())
+    def propose(self, data: st.DataObject) -> None:
+        rows = self.some(data, lambda row: row.tokens)
+        most = [min(DRAFT, row.sequence.room) - len(row.drafted) for row in rows]
+        ids = [data.draw(st.lists(st.integers(0, 63), max_size=count)) for count in most]
+        for row, _ in self.verb(rows, lambda batch: batch.propose(ids)):
+            new = ids[rows.index(row)]
+            row.drafted += new
+            row.verified = None if new else row.verified
+            for token, proposal in zip(new[::-1], row.sequence.proposals[::-1], strict=False):
+                assert proposal[token] == proposal.sum() == 1
 
     @rule(data=st.data(), slice=slices)
     def verify(self, data: st.DataObject, slice: str) -> None:
         rows = self.some(data, lambda row: row.tokens)
-        if not any(row.drafted for row in rows):
+        if not any(row.drafted for row in rows) or any(row.verified == slice for row in rows):
+            if rows:
+                with pytest.raises(SequenceError):
+                    Batch([row.sequence for row in rows]).verify(slice)
             return
         for row, table in self.verb(rows, lambda batch: batch.verify(slice)):
             assert table.shape == (len(row.drafted) + 1, 64)
             assert table.dtype == torch.float32
             row.prepare(slice)
-            row.runner = slice
+            row.verified = slice if row.drafted else None
             for i in {0, len(row.drafted)}:
                 tokens = row.tokens + row.drafted[:i]
                 self.check_logits(tokens, row.writers[:-1] + [slice] * (i + 1), table[i])
@@ -150,9 +176,16 @@ class Verbs(RuleBasedStateMachine):
     def commit(self, data: st.DataObject) -> None:
         rows = self.some(data, lambda row: True)
         n = [data.draw(st.integers(0, len(row.drafted))) for row in rows]
-        for row, _ in self.verb(rows, lambda batch: batch.commit(n)):
-            row.extend(row.drafted[: n[rows.index(row)]], row.runner)
-            self.check_cache(row)
+        bonus = [
+            data.draw(st.none() | st.integers(0, 63))
+            if row.tokens and count < row.sequence.room
+            else None
+            for row, count in zip(rows, n, strict=True)
+        ]
+        for row, _ in self.verb(rows, lambda batch: batch.commit(n, bonus)):
+            more, verified = bonus[rows.index(row)], row.verified
+            row.extend(row.drafted[: n[rows.index(row)]] + ([] if more is None else [more]))
+            self.check_cache(row, exact=verified)
 
     @rule(data=st.data(), verifier=slices, drafter=slices)
     def draft_verify_commit(self, data: st.DataObject, drafter: str, verifier: str) -> None:
@@ -163,40 +196,47 @@ class Verbs(RuleBasedStateMachine):
         batch = Batch([row.sequence for row in rows])
         batch.commit([0] * len(rows))
         for row in rows:
-            row.drafted = []
+            row.drop()
+            row.settled = True
         k = [data.draw(st.integers(0, min(DRAFT, row.sequence.room))) for row in rows]
         drafted = batch.draft(k, drafter)
-        if not any(drafted):
-            return
-        batch.verify(verifier)
-        n = [data.draw(st.integers(0, len(ids))) for ids in drafted]
-        batch.commit(n)
-        for row, ids, count in zip(rows, drafted, n, strict=True):
-            row.settled = True
-            row.prepare(verifier)
-            row.extend(ids[:count], verifier)
-            self.check_cache(row, exact=verifier)
+        for row, count in zip(rows, k, strict=True):
+            row.runner = drafter if count else row.runner
+        if any(drafted):
+            tables = batch.verify(verifier)
+            n = [data.draw(st.integers(0, len(ids))) for ids in drafted]
+            bonus = [
+                int(table[count].argmax()) if count < row.sequence.room else None
+                for row, table, count in zip(rows, tables, n, strict=True)
+            ]
+            batch.commit(n, bonus)
+            for row, ids, count, more in zip(rows, drafted, n, bonus, strict=True):
+                row.prepare(verifier)
+                row.extend(ids[:count] + ([] if more is None else [more]))
+                self.check_cache(row, exact=verifier)
         self.record()
 
     @rule(data=st.data())
     def rollback(self, data: st.DataObject) -> None:
-        for row in self.some(data, lambda row: True)[:1]:
-            length = data.draw(st.integers(0, len(row.tokens)))
-            for _ in self.verb([row], lambda _: [row.sequence.rollback(length)]):
-                del row.tokens[length:], row.writers[length:]
-                row.drafted = []
-                self.check_cache(row)
+        rows = self.some(data, lambda row: True)
+        lengths = [data.draw(st.integers(0, len(row.tokens))) for row in rows]
+        for row, _ in self.verb(rows, lambda batch: batch.rollback(lengths)):
+            length = lengths[rows.index(row)]
+            del row.tokens[length:], row.writers[length:]
+            row.drop()
+            self.check_cache(row)
 
     @rule(data=st.data(), slice=slices)
     def refresh(self, data: st.DataObject, slice: str) -> None:
-        for row in self.some(data, lambda row: True)[:1]:
+        rows = self.some(data, lambda row: True)
+        for row, count in self.verb(rows, lambda batch: batch.refresh(slice)):
             stale = max(len(row.tokens) - 1, 0) - row.prefix(slice)
-            for _, count in self.verb([row], lambda _: [row.sequence.refresh(slice)]):
-                # Only `shared` may have to go back further than the first stale token.
-                assert count == stale or (row.mode == "shared" and stale and count > stale)
-                row.writers = [slice] * len(row.writers)
-                row.drafted = []
-                self.check_cache(row, exact=slice)
+            # Only `shared` may have to go back further than the first stale token.
+            assert count == stale or (row.mode == "shared" and stale and count > stale)
+            row.runner = slice if stale else row.runner
+            row.writers = [slice] * len(row.writers)
+            row.drop()
+            self.check_cache(row, refreshed=slice)
 
     @rule(data=st.data())
     def fork(self, data: st.DataObject) -> None:
@@ -210,6 +250,7 @@ class Verbs(RuleBasedStateMachine):
                 row.settled = settled
                 for sequence in forks:
                     twin = Shadow(sequence, row.mode, list(row.tokens), list(row.writers))
+                    twin.runner = row.runner
                     self.rows.append(twin)
                     self.check_cache(twin)
 
@@ -277,15 +318,23 @@ class Verbs(RuleBasedStateMachine):
     def record(self) -> None:
         self.digests = digests(self.cache, self.rows)
 
-    def check_cache(self, row: Shadow, exact: str | None = None) -> None:
-        """Equal to running each span again under its writer; in exact mode, to a prefill."""
+    def check_cache(
+        self, row: Shadow, exact: str | None = None, refreshed: str | None = None
+    ) -> None:
+        """Equal to running each span again under its writer.
+
+        exact:     the slice that an `exact` row must be a from-scratch prefill of
+        refreshed: the same for a row of any mode
+        """
         sequence = row.sequence
         passes.settle([sequence])
         count = max(len(row.tokens) - 1, 0)
         if not count:
             return
-        if exact and row.mode == "exact":
-            assert sequence.audit(exact).max_relative_error <= TOLERANCE
+        alone = refreshed or (exact if row.mode == "exact" else None)
+        if alone:
+            assert row.writers[:-1] == [alone] * count
+            assert sequence.audit(alone).max_relative_error <= TOLERANCE
         with self.replayed(row.tokens, row.writers) as (fresh, _):
             assert close(sequence.cache.window, fresh.cache.window, sequence, fresh)
             assert close(sequence.cache.state, fresh.cache.state, sequence, fresh)
@@ -351,7 +400,7 @@ def digests(cache: Cache, rows: list[Shadow]) -> dict[int, list[int]]:
     return {slot.index: row for slot, row in zip(slots, table, strict=True)}
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     """Two threads over matrices this small are many times slower on a busy machine."""
     before = torch.get_num_threads()

@@ -88,7 +88,7 @@ def batches(seed: int, rows: int, length: int, workers: int) -> Iterator[Rows]:
             process.terminate()
 
 
-def _work(queue: "mp.Queue[Rows]", seed: int, rows: int, length: int) -> None:
+def _work(queue: mp.Queue[Rows], seed: int, rows: int, length: int) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     rng = random.Random(seed)
     while True:

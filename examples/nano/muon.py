@@ -33,7 +33,8 @@ class Optimizer:
         self.matrices = {
             name: p
             for name, p in parameters.items()
-            if p.dim() >= 2 and not any(k in name for k in ("embeddings", "lm_head", "gate", "conv1d"))
+            if p.dim() >= 2
+            and not any(k in name for k in ("embeddings", "lm_head", "gate", "conv1d"))
         }
         self.others = {n: p for n, p in parameters.items() if n not in self.matrices}
         self.momentum = {n: torch.zeros_like(p) for n, p in self.matrices.items()}

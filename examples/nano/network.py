@@ -132,7 +132,12 @@ def _initial(name: str, shape: tuple[int, ...], generator: torch.Generator) -> T
         return step + torch.log(-torch.expm1(-step))
     if name.endswith("conv1d.bias"):
         return torch.zeros(shape)
-    if last in ("out_proj.weight", "o_proj.weight", "experts.down_proj", "shared_experts.down_proj.weight"):
+    if last in (
+        "out_proj.weight",
+        "o_proj.weight",
+        "experts.down_proj",
+        "shared_experts.down_proj.weight",
+    ):
         return torch.zeros(shape)
     scale = {"embeddings.weight": 0.3, "lm_head.weight": 0.01, "conv1d.weight": 0.5}
     std = next((v for k, v in scale.items() if name.endswith(k)), shape[-1] ** -0.5)
@@ -241,7 +246,9 @@ def mamba_layer(
     return out
 
 
-def _scan(w: dict[str, Tensor], s: Sizes, cached: Tensor, causal: Tensor, taps: list[Tensor]) -> Tensor:
+def _scan(
+    w: dict[str, Tensor], s: Sizes, cached: Tensor, causal: Tensor, taps: list[Tensor]
+) -> Tensor:
     """Convolution and the quadratic form of the Mamba-2 scan: [B, T, inner]."""
     inputs, step = cached.split([s.channels, s.heads], -1)
     kernel = w["mixer__conv1d__weight"].to(inputs.dtype)
@@ -315,7 +322,9 @@ def moe_layer(
         inner = F.linear(n, up.flatten(0, 1)).relu().square().unflatten(-1, (s.experts, f))
         routed = torch.einsum("btef,ehf->bth", inner * share[..., None], down)
         shared = F.linear(
-            F.linear(n, w["mixer__shared_experts__up_proj__weight"][:, :h].to(x.dtype)).relu().square(),
+            F.linear(n, w["mixer__shared_experts__up_proj__weight"][:, :h].to(x.dtype))
+            .relu()
+            .square(),
             w["mixer__shared_experts__down_proj__weight"][:h].to(x.dtype),
         )
         out.append(x + routed + shared)

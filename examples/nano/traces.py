@@ -261,7 +261,9 @@ def solve(question: str) -> Trace:
 
 
 _BARE_SUM = re.compile(r"\d+( [+-] \d+)+( =)?")
-_EQUATION = re.compile(r": (?:(-?\d+) )?([+-] )?(-?)(?:(\d+)\*)?([a-z])(?: ([+-]) (\d+))? = (-?\d+)$")
+_EQUATION = re.compile(
+    r": (?:(-?\d+) )?([+-] )?(-?)(?:(\d+)\*)?([a-z])(?: ([+-]) (\d+))? = (-?\d+)$"
+)
 
 
 def _solve_chain(text: str, trace: Trace) -> None:
@@ -326,7 +328,12 @@ def _tokens(text: str) -> list[str]:
     at = 0
     while match := _TOKEN.match(text, at):
         token = match[1]
-        if len(token) > 1 and token[0] == "-" and found and (found[-1] == ")" or found[-1][-1].isdigit()):
+        if (
+            len(token) > 1
+            and token[0] == "-"
+            and found
+            and (found[-1] == ")" or found[-1][-1].isdigit())
+        ):
             token = "-"
         found.append(token)
         at = match.start(1) + len(token)
@@ -335,7 +342,9 @@ def _tokens(text: str) -> list[str]:
     return found
 
 
-def _evaluate(text: str, operate: Callable[[int, str, int], int], negate: Callable[[int], int]) -> int:
+def _evaluate(
+    text: str, operate: Callable[[int, str, int], int], negate: Callable[[int], int]
+) -> int:
     """Python's precedence, with floor division for `/`: operate is called in order."""
     tokens = _tokens(text)
     at = 0

@@ -13,9 +13,7 @@ logprobs = st.lists(st.floats(-20, 0, allow_nan=False), min_size=1, max_size=40)
 
 
 def scores(values: tuple[float, ...]) -> StepScores:
-    return StepScores(
-        step=0, phase="thinking", drafter="small", verifier="large", logprobs=values
-    )
+    return StepScores(step=0, phase="thinking", drafter="small", verifier="large", logprobs=values)
 
 
 def test_a_step_of_likely_tokens_is_kept() -> None:
