@@ -88,7 +88,7 @@ class Batch:
                 fold_resident(list(self._zip(added)))
             for (sequence, new), row in zip(self._zip(added), rows, strict=True):
                 extend(sequence, new, [row])
-            return [row.clone() for row in rows]
+            return rows
 
     def draft(
         self,
@@ -247,21 +247,16 @@ class Batch:
             slot = sequence.slot
             if slot.entry_slice != writer:
                 sequence._rows = []
+            # Every journal entry has its row; entry 0 is the last committed token.
             pending = [*sequence._tokens[slot.folded :], *sequence._drafted]
-            if slot.usable(writer) < len(pending) or len(sequence._rows) <= len(sequence._drafted):
-                # Row 0 comes from the last committed token; rows must have no gap.
-                first_row = sequence.length - slot.folded - 1 + len(sequence._rows)
-                entry = min(slot.usable(writer), len(pending) - 1, first_row)
+            entry = slot.usable(writer)
+            if entry < len(pending):
                 missing.append(sequence)
                 feeds.append((entry, pending[entry:]))
         if missing:
-            hidden = run(missing, feeds, writer)
-            needed = [
-                min(len(h), len(s._drafted) + 1) for s, h in zip(missing, hidden, strict=True)
-            ]
-            tables = self._logits(slice, [h[-n:] for h, n in zip(hidden, needed, strict=True)])
-            for sequence, table in zip(missing, tables, strict=True):
-                sequence._rows[len(sequence._drafted) + 1 - len(table) :] = list(table)
+            tables = self._logits(slice, run(missing, feeds, writer))
+            for sequence, (entry, _), table in zip(missing, feeds, tables, strict=True):
+                sequence._rows[entry:] = list(table)
         return [self.sequences[r]._rows[len(self.sequences[r]._drafted)] for r in active]
 
     @contextmanager
@@ -306,14 +301,16 @@ class Batch:
         return values
 
     def _counts(self, values: Seq[int]) -> list[int]:
-        for value in values:
+        counts = self._per_row(values)
+        for value in counts:
             if isinstance(value, bool) or not isinstance(value, int):
                 raise RequestError(f"{value!r} is not a number of ids")
-        return self._per_row(values)
+        return counts
 
     def _per_row(self, values: Seq[T]) -> list[T]:
-        if len(values) != len(self.sequences):
-            raise RequestError(f"{len(self.sequences)} rows, but {len(values)} values for them")
+        rows = len(self.sequences)
+        if not hasattr(values, "__len__") or len(values) != rows:
+            raise RequestError(f"{rows} rows need a list of {rows}, one value each; got {values!r}")
         return list(values)
 
     def _zip(self, values: Seq[T]) -> Iterator[tuple[Sequence, T]]:

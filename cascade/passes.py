@@ -136,7 +136,7 @@ def cut(sequence: Sequence, length: int) -> None:
     if slot.folded > keep:
         sequence.cache.rewind(slot, keep)
     rebuild(sequence, keep)
-    slot.tail, slot.entries = int(row[keep]), 0
+    slot.tail = int(row[keep])
     row[keep:] = -1
     sequence._rows, sequence._tokens = [], sequence._tokens[:length]
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from cascade.model import ElasticModel
 
 Consistency = Literal["exact", "shared", "refresh"]
-MODES = ("exact", "shared", "refresh")
+MODES: tuple[Consistency, ...] = ("exact", "shared", "refresh")
 
 
 class Meter:

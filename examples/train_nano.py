@@ -41,6 +41,7 @@ PRESETS: dict[str, tuple[Sizes, dict[str, Widths]]] = {
 MIX_FROM = 0.35  # share of the time after which half of the rows have caches of mixed owners
 COOL_FROM = 0.4  # share of the time after which the learning rate falls linearly to zero
 WARM_STEPS = 100
+END_SECONDS = 8  # to write the files
 COMPILED = ("mamba_layer", "attention_layer", "moe_layer")
 
 
@@ -49,6 +50,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--preset", choices=PRESETS, default="nano")
     parser.add_argument("--minutes", type=float, default=7.0, help="of training, compiling aside")
+    parser.add_argument("--within", type=float, help="minutes for everything; shortens training")
+    parser.add_argument("--start-from", type=Path, help="a checkpoint to train further, gently")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=2605)
     parser.add_argument("--rows", type=int, default=None, help="rows of 224 tokens a batch")
@@ -58,6 +61,7 @@ def main() -> None:
         "--also", action="append", default=[], metavar="HIDDENxFFN", help="train this width besides"
     )
     args = parser.parse_args()
+    began = time.perf_counter()
     on_gpu = args.device.startswith("cuda")
     rows = args.rows or (272 if on_gpu else 16)
     workers = args.workers if args.workers is not None else (14 if on_gpu else 1)
@@ -69,9 +73,17 @@ def main() -> None:
     trained = slices | {also: parse_width(also) for also in args.also}
     trainer = Trainer(Nano(sizes, args.seed).to(args.device), trained, args.device)
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.start_from:
+        checkpoint.read(trainer.model, args.start_from)
+        trainer.skipped = 0.75
     trainer.resume(args.out)
     source = batches(args.seed + trainer.step, rows, 224, workers)
-    train(trainer, source, args.minutes * 60, args.out, warm_up=on_gpu and not args.no_compile)
+    if on_gpu and not args.no_compile:
+        warm_up(trainer, source)
+    seconds = args.minutes * 60
+    if args.within:
+        seconds = min(seconds, args.within * 60 - (time.perf_counter() - began) - END_SECONDS)
+    train(trainer, source, seconds, args.out)
     checkpoint.write(trainer.model, slices, args.out)
     log = trainer.log | {
         "command": " ".join(["python", *sys.argv]),
@@ -117,6 +129,7 @@ class Trainer:
         self.optimizer = Optimizer(dict(self.model.named_parameters()))
         self.pairs = pairs(self.slices)
         self.step, self.elapsed, self.tokens = 0, 0.0, 0
+        self.skipped = 0.0  # share of the schedule that lies behind a checkpoint started from
         self.losses: dict[str, float] = {}
         self.log: dict[str, object] = {"progress": []}
 
@@ -180,33 +193,36 @@ class Trainer:
         print(f"going on at step {self.step}, {self.elapsed:.0f} s", flush=True)
 
 
-def train(
-    trainer: Trainer, source: Iterator[Rows], seconds: float, out: Path, *, warm_up: bool
-) -> None:
+def warm_up(trainer: Trainer, source: Iterator[Rows]) -> None:
+    """Compile every graph that training will use, and forget the steps that this took."""
+    began = time.perf_counter()
+    keep = {k: v.clone() for k, v in checkpoint.state(trainer.model).items()}
+    optimizer = {k: v.clone() for k, v in trainer.optimizer.state().items()}
+    step, tokens = trainer.step, trainer.tokens
+    for _ in trainer.pairs:
+        for attempt in range(3):
+            try:
+                trainer.update(next(source), 0.5)
+                break
+            except RuntimeError as error:  # a cold compile has been seen to fail once
+                print(f"compiling again after: {error}", flush=True)
+                if attempt == 2:
+                    raise
+    checkpoint.load_parameters(trainer.model, keep)
+    trainer.optimizer = Optimizer(dict(trainer.model.named_parameters()))
+    trainer.optimizer.load(optimizer)
+    trainer.step, trainer.tokens = step, tokens
+    trainer.log["compile_seconds"] = round(time.perf_counter() - began, 1)
+    print(f"compiled in {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def train(trainer: Trainer, source: Iterator[Rows], seconds: float, out: Path) -> None:
     """Train until the time is over, with a line of progress every ten seconds."""
-    if warm_up:
-        began = time.perf_counter()
-        keep = {k: v.clone() for k, v in checkpoint.state(trainer.model).items()}
-        step = trainer.step
-        for _ in trainer.pairs:
-            for attempt in range(3):
-                try:
-                    trainer.update(next(source), 0.5)
-                    break
-                except RuntimeError as error:  # a cold compile has been seen to fail once
-                    print(f"compiling again after: {error}", flush=True)
-                    if attempt == 2:
-                        raise
-        checkpoint.load_parameters(trainer.model, keep)
-        if step == 0:
-            trainer.optimizer = Optimizer(dict(trainer.model.named_parameters()))
-        trainer.step, trainer.tokens = step, 0
-        trainer.log["compile_seconds"] = round(time.perf_counter() - began, 1)
-        print(f"compiled in {time.perf_counter() - began:.0f} s", flush=True)
     began, base = time.perf_counter(), trainer.elapsed
     shown = saved = began
     while trainer.elapsed < seconds:
-        trainer.update(next(source), trainer.elapsed / seconds)
+        share = trainer.skipped + (1 - trainer.skipped) * trainer.elapsed / seconds
+        trainer.update(next(source), share)
         now = time.perf_counter()
         trainer.elapsed = base + now - began
         if now - shown > 10:

@@ -6,10 +6,12 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
+from cascade.cache import Cache
 from cascade.model import ElasticModel
+from cascade.sequence import Sequence
 from cascade.slices import resolve_slices
 from cascade.weights import (
     AttentionWeights,
@@ -46,8 +48,8 @@ def parent(pattern: str, *, seed: int = 0, **sizes: Any) -> NemotronHForCausalLM
     """transformers' model with weights large enough for its slices to disagree."""
     kinds = NemotronHConfig._pattern_to_list(pattern)
     generator = torch.Generator().manual_seed(seed)
-    model = NemotronHForCausalLM(NemotronHConfig(layers_block_type=kinds, **SIZES | sizes)).eval()
-    model.requires_grad_(False)
+    model = NemotronHForCausalLM(NemotronHConfig(layers_block_type=kinds, **SIZES | sizes))
+    model.eval().requires_grad_(False)
     for name, tensor in model.state_dict().items():
         noise = torch.randn(tensor.shape, generator=generator)
         if name.endswith(("A_log", "D", "dt_bias", "norm.weight", "norm_f.weight")):
@@ -80,8 +82,8 @@ def prefix(source: NemotronHForCausalLM, hidden: int, ffn: int) -> NemotronHForC
     """A slice as transformers' own model, from copies of the prefixes of every weight."""
     config = deepcopy(source.config)
     config.hidden_size, config.moe_intermediate_size = hidden, ffn
-    model = NemotronHForCausalLM(config).eval()
-    model.requires_grad_(False)
+    model = NemotronHForCausalLM(config)
+    model.eval().requires_grad_(False)
     whole = source.state_dict()
     for name, tensor in model.state_dict().items():
         tensor.copy_(whole[name][tuple(slice(n) for n in tensor.shape)])
@@ -90,10 +92,11 @@ def prefix(source: NemotronHForCausalLM, hidden: int, ffn: int) -> NemotronHForC
 
 def reference_logits(model: NemotronHForCausalLM, ids: list[int]) -> Tensor:
     """[len(ids), V] by transformers, without a cache."""
-    return model(torch.tensor([ids]), use_cache=False).logits[0]
+    logits: Tensor = model(torch.tensor([ids]), use_cache=False).logits
+    return logits[0]
 
 
-def _mixer(kind: str, m: nn.Module) -> Mixer:
+def _mixer(kind: str, m: Any) -> Mixer:
     match kind:
         case "linear_attention":
             return MambaWeights(
@@ -124,5 +127,50 @@ def _mixer(kind: str, m: nn.Module) -> Mixer:
     )
 
 
-def _mlp(m: nn.Module) -> MLPWeights:
+def _mlp(m: Any) -> MLPWeights:
     return MLPWeights(m.up_proj.weight, m.up_proj.bias, m.down_proj.weight, m.down_proj.bias)
+
+
+class Replay:
+    """A fresh sequence whose tokens were run by the given writers, the last one included.
+
+    What a cache with that provenance must hold; `logits` [V] predict the token after the last.
+    """
+
+    def __init__(
+        self, model: ElasticModel, tokens: list[int], writers: list[str], cache: Cache | None = None
+    ) -> None:
+        cache = cache or model.cache(max_batch=1, max_length=len(tokens) + 1, max_draft=64)
+        self.sequence = model.sequence(cache=cache, consistency="shared")
+        # The last token of an `append` is run again by the next one: spans end one token late.
+        ends = [i for i in range(1, len(tokens) - 1) if writers[i] != writers[i - 1]]
+        for end in ends:
+            self.sequence.append(tokens[self.sequence.length : end + 1], writers[end - 1])
+        writer = writers[-2] if len(tokens) > 1 else writers[-1]
+        self.logits = self.sequence.append(tokens[self.sequence.length :], writer)
+        if writer != writers[-1]:
+            self.sequence.draft(1, writers[-1])
+            self.logits = self.sequence.rows[0]
+
+    def deviation(self, other: Sequence) -> float:
+        """The largest of max |other's - mine| / max |mine| over the parts of the cache.
+
+        The last token is in neither.
+        """
+        mine, its = self.sequence.slot.index, other.slot.index
+        end = max(self.sequence.length - 1, 0)
+        pairs = [
+            (getattr(other.cache, part)[:, its], getattr(self.sequence.cache, part)[:, mine])
+            for part in ("keys", "values", "window", "state")
+        ]
+        pairs[:2] = [(a[:, :end], b[:, :end]) for a, b in pairs[:2]]
+        relative = [
+            (a - b).abs().max() / b.abs().max().clamp(min=1e-30) for a, b in pairs if b.numel()
+        ]
+        return float(torch.stack(relative).nan_to_num(nan=torch.inf).max())
+
+    def __enter__(self) -> Replay:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.sequence.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from tests.nested import elastic, parent, prefix, reference_logits
 
 LENGTHS = (1, 7, 127, 128, 129, 300)
 WIDTHS = {"small": (16, 8), "medium": (24, 8), "large": (32, 16), "24x16": (24, 16)}
-PATTERNS = {
+PATTERNS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense layers": ("M-*M-E", {}),
     "every bias": ("ME*M-", {"use_bias": True, "mlp_bias": True}),
     "no conv bias": ("MEM*", {"use_conv_bias": False}),

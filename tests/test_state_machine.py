@@ -32,13 +32,16 @@ from cascade.cache import Cache
 from cascade.errors import SequenceError
 from cascade.kernels.reference import cache_digest
 from cascade.model import ElasticModel
-from cascade.sequence import MODES, Sequence
+from cascade.sequence import MODES, Consistency, Sequence
 from tests.faults import FaultyKernels, Injected
-from tests.nested import elastic, parent
+from tests.nested import Replay, elastic, parent
 
 SLICES = ("small", "medium", "large")
 TOLERANCE = 1e-4
 SLOTS, LENGTH, DRAFT = 5, 40, 6
+
+# Kernel calls until one raises. A pass makes about 15, a fold 6.
+FAULTS = st.none() | st.none() | st.integers(0, 6) | st.integers(0, 40)
 
 slices = st.sampled_from(SLICES)
 
@@ -89,28 +92,29 @@ class Verbs(RuleBasedStateMachine):
     model: ElasticModel
     kernels: FaultyKernels
 
-    @initialize(mode=st.sampled_from(MODES), ids=st.lists(st.integers(0, 63), min_size=1))
-    def start(self, mode: str, ids: list[int]) -> None:
+    @initialize(
+        data=st.data(),
+        modes=st.lists(st.sampled_from(MODES), min_size=1, max_size=3),
+        ids=st.lists(st.lists(st.integers(0, 63), min_size=1), min_size=3, max_size=3),
+    )
+    def start(self, data: st.DataObject, modes: list[Consistency], ids: list[list[int]]) -> None:
         self.kernels.disarm()
         self.cache = self.model.cache(max_batch=SLOTS, max_length=LENGTH, max_draft=DRAFT)
         self.scratch = self.model.cache(max_batch=1, max_length=LENGTH + 1, max_draft=64)
         self.rows: list[Shadow] = []
         self.digests: dict[int, list[int]] = {}
-        self.open(mode)
-        self.append_to(self.rows, [ids[:LENGTH]], "large")
+        for mode in modes:
+            self.open(mode)
+        self.append_to(data, self.rows, [row[:LENGTH] for row in ids[: len(modes)]], "large")
 
     # ---- rules ----
 
     @precondition(lambda self: self.cache.free_slots)
     @rule(mode=st.sampled_from(MODES))
-    def open(self, mode: str) -> None:
+    def open(self, mode: Consistency) -> None:
         sequence = self.model.sequence(cache=self.cache, consistency=mode)
         self.rows.append(Shadow(sequence, mode))
         self.record()
-
-    @rule(countdown=st.integers(0, 60))
-    def break_the_next_verb(self, countdown: int) -> None:
-        self.kernels.arm(countdown)
 
     @rule(data=st.data(), slice=slices)
     def append(self, data: st.DataObject, slice: str) -> None:
@@ -119,10 +123,12 @@ class Verbs(RuleBasedStateMachine):
             data.draw(st.lists(st.integers(0, 63), min_size=1, max_size=min(row.sequence.room, 12)))
             for row in rows
         ]
-        self.append_to(rows, ids, slice)
+        self.append_to(data, rows, ids, slice)
 
-    def append_to(self, rows: list[Shadow], ids: list[list[int]], slice: str) -> None:
-        for row, logits in self.verb(rows, lambda batch: batch.append(ids, slice)):
+    def append_to(
+        self, data: st.DataObject, rows: list[Shadow], ids: list[list[int]], slice: str
+    ) -> None:
+        for row, logits in self.verb(data, rows, lambda batch: batch.append(ids, slice)):
             row.prepare(slice)
             row.extend(ids[rows.index(row)])
             self.check_logits(row.tokens, row.writers, logits)
@@ -133,7 +139,7 @@ class Verbs(RuleBasedStateMachine):
         rows = self.some(data, lambda row: row.tokens)
         most = [min(DRAFT, row.sequence.room) - len(row.drafted) for row in rows]
         k = [data.draw(st.integers(0, count)) for count in most]
-        for row, ids in self.verb(rows, lambda batch: batch.draft(k, slice, until=until)):
+        for row, ids in self.verb(data, rows, lambda batch: batch.draft(k, slice, until=until)):
             wanted = k[rows.index(row)]
             assert len(ids) == wanted or (0 < len(ids) < wanted and ids[-1] in until)
             assert not until.intersection(ids[:-1])
@@ -147,7 +153,7 @@ class Verbs(RuleBasedStateMachine):
         rows = self.some(data, lambda row: row.tokens)
         most = [min(DRAFT, row.sequence.room) - len(row.drafted) for row in rows]
         ids = [data.draw(st.lists(st.integers(0, 63), max_size=count)) for count in most]
-        for row, _ in self.verb(rows, lambda batch: batch.propose(ids)):
+        for row, _ in self.verb(data, rows, lambda batch: batch.propose(ids)):
             new = ids[rows.index(row)]
             row.drafted += new
             row.verified = None if new else row.verified
@@ -162,7 +168,7 @@ class Verbs(RuleBasedStateMachine):
                 with pytest.raises(SequenceError):
                     Batch([row.sequence for row in rows]).verify(slice)
             return
-        for row, table in self.verb(rows, lambda batch: batch.verify(slice)):
+        for row, table in self.verb(data, rows, lambda batch: batch.verify(slice)):
             assert table.shape == (len(row.drafted) + 1, 64)
             assert table.dtype == torch.float32
             row.prepare(slice)
@@ -182,7 +188,7 @@ class Verbs(RuleBasedStateMachine):
             else None
             for row, count in zip(rows, n, strict=True)
         ]
-        for row, _ in self.verb(rows, lambda batch: batch.commit(n, bonus)):
+        for row, _ in self.verb(data, rows, lambda batch: batch.commit(n, bonus)):
             more, verified = bonus[rows.index(row)], row.verified
             row.extend(row.drafted[: n[rows.index(row)]] + ([] if more is None else [more]))
             self.check_cache(row, exact=verified)
@@ -220,7 +226,7 @@ class Verbs(RuleBasedStateMachine):
     def rollback(self, data: st.DataObject) -> None:
         rows = self.some(data, lambda row: True)
         lengths = [data.draw(st.integers(0, len(row.tokens))) for row in rows]
-        for row, _ in self.verb(rows, lambda batch: batch.rollback(lengths)):
+        for row, _ in self.verb(data, rows, lambda batch: batch.rollback(lengths)):
             length = lengths[rows.index(row)]
             del row.tokens[length:], row.writers[length:]
             row.drop()
@@ -229,7 +235,7 @@ class Verbs(RuleBasedStateMachine):
     @rule(data=st.data(), slice=slices)
     def refresh(self, data: st.DataObject, slice: str) -> None:
         rows = self.some(data, lambda row: True)
-        for row, count in self.verb(rows, lambda batch: batch.refresh(slice)):
+        for row, count in self.verb(data, rows, lambda batch: batch.refresh(slice)):
             stale = max(len(row.tokens) - 1, 0) - row.prefix(slice)
             # Only `shared` may have to go back further than the first stale token.
             assert count == stale or (row.mode == "shared" and stale and count > stale)
@@ -246,7 +252,7 @@ class Verbs(RuleBasedStateMachine):
         for row in self.some(data, lambda row: True)[:1]:
             n = data.draw(st.integers(1, free))
             settled = row.settled
-            for _, forks in self.verb([row], lambda _: [row.sequence.fork(n)]):
+            for _, forks in self.verb(data, [row], lambda _: [row.sequence.fork(n)]):
                 row.settled = settled
                 for sequence in forks:
                     twin = Shadow(sequence, row.mode, list(row.tokens), list(row.writers))
@@ -273,6 +279,7 @@ class Verbs(RuleBasedStateMachine):
             assert sequence.length == len(row.tokens)
             assert sequence.room == LENGTH - len(row.tokens)
             assert len(sequence.proposals) == len(row.drafted)
+            assert sequence.slot.entries <= len(sequence.rows)
             assert sequence.provenance[:-1] == row.writers[:-1]
             assert set(sequence.provenance[-1:]) <= set(SLICES)
             if row.settled:
@@ -286,16 +293,22 @@ class Verbs(RuleBasedStateMachine):
         able = [row for row in self.rows if usable(row)]
         if not able:
             return []
-        index = st.integers(0, len(able) - 1)
-        return [able[i] for i in data.draw(st.lists(index, min_size=1, unique=True))]
+        order = data.draw(st.permutations(range(len(able))))
+        return [able[i] for i in order[: data.draw(st.integers(1, len(able)))]]
 
     def verb(
-        self, rows: list[Shadow], call: Callable[[Batch], Any]
+        self, data: st.DataObject, rows: list[Shadow], call: Callable[[Batch], Any]
     ) -> Iterator[tuple[Shadow, Any]]:
-        """Run one verb; yields (row, result) where it succeeds, nothing where it was broken."""
+        """Run one verb, now and then with a kernel that raises in the middle of it.
+
+        Yields (row, result) where it succeeds, nothing where it was broken.
+        """
         if not rows:
             return
         failed = False
+        countdown = data.draw(FAULTS)
+        if countdown is not None:
+            self.kernels.arm(countdown)
         try:
             results = call(Batch([row.sequence for row in rows])) or [None] * len(rows)
         except Injected:
@@ -335,57 +348,21 @@ class Verbs(RuleBasedStateMachine):
         if alone:
             assert row.writers[:-1] == [alone] * count
             assert sequence.audit(alone).max_relative_error <= TOLERANCE
-        with self.replayed(row.tokens, row.writers) as (fresh, _):
-            assert close(sequence.cache.window, fresh.cache.window, sequence, fresh)
-            assert close(sequence.cache.state, fresh.cache.state, sequence, fresh)
-            for mine, its in (
-                (sequence.cache.keys, fresh.cache.keys),
-                (sequence.cache.values, fresh.cache.values),
-            ):
-                assert close(mine[:, :, :count], its[:, :, :count], sequence, fresh)
+        with self.replayed(row.tokens, row.writers) as replay:
+            assert replay.deviation(sequence) <= TOLERANCE
 
     def check_logits(self, tokens: list[int], writers: list[str], logits: Tensor) -> None:
-        with self.replayed(tokens, writers) as (_, expected):
-            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+        with self.replayed(tokens, writers) as replay:
+            torch.testing.assert_close(logits, replay.logits, atol=1e-4, rtol=1e-4)
 
     def check_last_draft(self, row: Shadow) -> None:
         tokens = row.tokens + row.drafted[:-1]
         writers = row.writers[:-1] + [row.runner] * len(row.drafted)
-        with self.replayed(tokens, writers) as (_, logits):
-            assert logits[row.drafted[-1]] >= logits.max() - 1e-3
+        with self.replayed(tokens, writers) as replay:
+            assert replay.logits[row.drafted[-1]] >= replay.logits.max() - 1e-3
 
     def replayed(self, tokens: list[int], writers: list[str]) -> Replay:
-        return Replay(self.model, self.scratch, tokens, writers)
-
-
-class Replay:
-    """A fresh sequence whose positions were run by the given writers, the last one included."""
-
-    def __init__(
-        self, model: ElasticModel, cache: Cache, tokens: list[int], writers: list[str]
-    ) -> None:
-        self.sequence = model.sequence(cache=cache, consistency="shared")
-        # The last token of an `append` is run again by the next one: spans end one token late.
-        ends = [i for i in range(1, len(tokens)) if writers[i] != writers[i - 1]]
-        ends = [end for end in ends if end < len(tokens) - 1]
-        for end in ends:
-            self.sequence.append(tokens[self.sequence.length : end + 1], writers[end - 1])
-        writer = writers[-2] if len(tokens) > 1 else writers[-1]
-        self.logits = self.sequence.append(tokens[self.sequence.length :], writer)
-        if writer != writers[-1]:
-            self.sequence.draft(1, writers[-1])
-            self.logits = self.sequence.rows[0]
-
-    def __enter__(self) -> tuple[Sequence, Tensor]:
-        return self.sequence, self.logits
-
-    def __exit__(self, *exc: object) -> None:
-        self.sequence.close()
-
-
-def close(mine: Tensor, its: Tensor, sequence: Sequence, fresh: Sequence) -> bool:
-    a, b = mine[:, sequence.slot.index], its[:, fresh.slot.index]
-    return bool((a - b).abs().max() <= TOLERANCE * b.abs().max())
+        return Replay(self.model, tokens, writers, self.scratch)
 
 
 def digests(cache: Cache, rows: list[Shadow]) -> dict[int, list[int]]:
@@ -412,7 +389,7 @@ def one_thread() -> Iterator[None]:
 def test_every_verb_keeps_the_cache_consistent_in_every_mode(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run(elastic(parent("M*EM")), monkeypatch)
+    run(elastic(parent("M*E*M")), monkeypatch)
 
 
 def run(model: ElasticModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -425,7 +402,7 @@ def run(model: ElasticModel, monkeypatch: pytest.MonkeyPatch) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=int(os.environ.get("CASCADE_EXAMPLES", "40")),
+            max_examples=int(os.environ.get("CASCADE_EXAMPLES", "30")),
             stateful_step_count=int(os.environ.get("CASCADE_STEPS", "25")),
             deadline=None,
             database=None,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import vocabulary
@@ -90,10 +90,8 @@ def tensors(model: Nano) -> dict[str, Tensor]:
                 found[at] = matrix
         else:
             found[f"backbone.{name}"] = value[:, None] if name.endswith("conv1d.weight") else value
-    for i, kind in enumerate(model.sizes.pattern):
-        if kind == "E":
-            name = f"layers.{i}.mixer.gate.e_score_correction_bias"
-            found[f"backbone.{name}"] = model.get(name).detach().cpu()
+    for name in _biases(model.sizes):
+        found[f"backbone.{name}"] = model.get(name).detach().cpu()
     return {
         name: value.contiguous().float() if name.endswith(FP32) else value.bfloat16().contiguous()
         for name, value in found.items()
@@ -119,6 +117,35 @@ def _write_shards(found: Mapping[str, Tensor], directory: Path) -> None:
     total = sum(value.nbytes for value in found.values())
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def read(model: Nano, directory: Path) -> None:
+    """Take the weights of a checkpoint that `write` has made."""
+    found: dict[str, Tensor] = {}
+    for file in sorted(directory.glob("model-*.safetensors")):
+        found |= load_file(file)
+    with torch.no_grad():
+        for name, own in tensors(model).items():
+            if found[name].shape != own.shape:
+                raise SystemExit(
+                    f"{name}: {directory} has {tuple(found[name].shape)}, not {tuple(own.shape)}"
+                )
+        for name in [*shapes(model.sizes), *_biases(model.sizes)]:
+            target = model.get(name)
+            if name == "lm_head.weight":
+                value = found[name]
+            elif ".experts." in name:
+                parts = [name.replace("experts.", f"experts.{e}.") for e in range(len(target))]
+                value = torch.stack([found[f"backbone.{part}.weight"] for part in parts])
+            else:
+                value = found[f"backbone.{name}"]
+            target.copy_(value.reshape(target.shape))
+
+
+def _biases(sizes: Sizes) -> list[str]:
+    """The router's balance biases: buffers, not parameters."""
+    layers = [i for i, kind in enumerate(sizes.pattern) if kind == "E"]
+    return [f"layers.{i}.mixer.gate.e_score_correction_bias" for i in layers]
 
 
 def load_parameters(model: Nano, saved: Mapping[str, Tensor]) -> None:
