@@ -65,7 +65,7 @@ class Layout:
             padded = packed.new_zeros(self.rows * self.length, *packed.shape[1:])
             padded[self.cell] = packed
             packed = padded
-        return packed.unflatten(0, (self.rows, self.length))
+        return packed.view(self.rows, self.length, *packed.shape[1:])
 
     def pack(self, padded: Tensor) -> Tensor:
         """[R, T, ...] -> [n, ...]."""
@@ -192,7 +192,7 @@ def _moe(w: MoEWeights, arch: Architecture, kernels: ModuleType, x: Tensor) -> T
         arch.routed_scale,
     )
     inner = x if w.latent_in is None else F.linear(x, w.latent_in, w.latent_in_bias)
-    routed = kernels.experts(inner, w.up, w.down, chosen, share)
+    routed: Tensor = kernels.experts(inner, w.up, w.down, chosen, share)
     if w.latent_out is not None:
         routed = F.linear(routed, w.latent_out, w.latent_out_bias)
     return routed + _mlp(w.shared, x)

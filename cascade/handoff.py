@@ -1,8 +1,8 @@
 """Can a slice read another slice's cache? Measured, because it is a property of the checkpoint.
 
-For every ordered pair of slices, a text is begun by one slice (the writer) and goes on under another
-(the reader): once over the writer's cache, once over the reader's own, recomputed. The difference
-of the two is what a handoff costs.
+For every ordered pair of slices, a text is begun by one slice (the writer) and goes on under
+another (the reader): once over the writer's cache, once over the reader's own, recomputed. The
+difference of the two is what a handoff costs.
 """
 
 from __future__ import annotations

@@ -267,7 +267,7 @@ class Reasoner:
         samples = each[0].n
         if any(p.n != samples for p in each):
             raise RequestError("all prompts of one call need the same n")
-        jobs = []
+        jobs: list[Job] = []
         for number, (prompt, settings) in enumerate(zip(prompts, each, strict=True)):
             text, ids = self.codec.encode_prompt(prompt)
             self._check(ids, settings)

@@ -13,12 +13,13 @@ from cascade.audit import AuditReport
 from cascade.events import Event
 from cascade.model import ElasticModel
 from cascade.results import Result
+from cascade.slices import format_bytes, format_count
 
 PALETTE = ("cyan", "yellow", "magenta", "green", "blue")
 
 
 class StepPrinter:
-    """Prints a request's events: steps by the slice that wrote them, retracted drafts struck out."""
+    """Prints events: steps coloured by the slice that wrote them, retracted drafts struck out."""
 
     def __init__(self, console: Console, slices: Seq[str]) -> None:
         self.console = console
@@ -89,7 +90,7 @@ def model_tables(model: ElasticModel) -> list[Table]:
     }
     for kind, text in sizes.items():
         if kind in arch.kinds:
-            layers.add_row(kind, str(arch.kinds.count(kind)), text)  # type: ignore[arg-type]
+            layers.add_row(kind, str(arch.kinds.count(kind)), text)
     slices = Table(title="slices", title_justify="left")
     for column in ("slice", "width", "expert width", "parameters", "active", "bytes", "trained"):
         slices.add_column(column, justify="left" if column == "slice" else "right")
@@ -98,19 +99,19 @@ def model_tables(model: ElasticModel) -> list[Table]:
             spec.name,
             str(spec.hidden_size),
             str(spec.moe_intermediate_size),
-            count(spec.parameters),
-            count(spec.active),
-            size(spec.parameters * model.dtype.itemsize),
+            format_count(spec.parameters),
+            format_count(spec.active),
+            format_bytes(spec.parameters * model.dtype.itemsize),
             "yes" if spec.trained else "no",
         )
     cache = Table(title="cache, the same for every slice", title_justify="left")
     cache.add_column("part")
     cache.add_column("bytes", justify="right")
-    cache.add_row("keys and values, per token", size(arch.bytes_per_token(model.dtype)))
-    cache.add_row("SSM states, per sequence", size(arch.state_bytes()))
-    cache.add_row("conv windows, per sequence", size(arch.window_bytes(model.dtype)))
-    cache.add_row("journal, per drafted token", size(arch.journal_bytes(1, model.dtype)))
-    cache.add_row("weights, resident once for all slices", size(model.nbytes))
+    cache.add_row("keys and values, per token", format_bytes(arch.bytes_per_token(model.dtype)))
+    cache.add_row("SSM states, per sequence", format_bytes(arch.state_bytes()))
+    cache.add_row("conv windows, per sequence", format_bytes(arch.window_bytes(model.dtype)))
+    cache.add_row("journal, per drafted token", format_bytes(arch.journal_bytes(1, model.dtype)))
+    cache.add_row("weights, resident once for all slices", format_bytes(model.nbytes))
     return [layers, slices, cache]
 
 
@@ -126,22 +127,6 @@ def audit_table(report: AuditReport) -> Table:
         style = "" if d.relative <= report.tolerance else "red"
         table.add_row(str(d.layer), d.part, f"{d.absolute:.3g}", f"{d.relative:.3g}", style=style)
     return table
-
-
-def count(value: int) -> str:
-    """31,577,937,344 -> 31.58 B."""
-    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.2f} {unit}"
-    return str(value)
-
-
-def size(value: int) -> str:
-    """Bytes in binary units."""
-    for limit, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if value >= limit:
-            return f"{value / limit:.2f} {unit}"
-    return f"{value} B"
 
 
 def _score(score: float | None, decision: str) -> str:

@@ -33,6 +33,7 @@ class _Active:
     run: Run
     verb: Verb = field(init=False)
     error: BaseException | None = None
+    ended: bool = False
 
     @property
     def kind(self) -> tuple[type, str, frozenset[int]]:
@@ -122,10 +123,11 @@ def _resume(entry: _Active, outcome: Any) -> None:
         else:
             entry.verb = entry.run.send(outcome)
     except StopIteration:
+        entry.ended = True
         if not entry.task.finished:
             entry.task.finish_reason = "length"
     except Exception as error:  # the task's own failure; the others go on
-        entry.error = error
+        entry.error, entry.ended = error, True
         entry.task.finish_reason = "error"
 
 
@@ -136,7 +138,7 @@ def _drain(
     events, entry.task.events = entry.task.events, []
     for event in events:
         yield Outcome(entry.number, event)
-    if entry.error is not None or entry.run.gi_frame is None:
+    if entry.ended:
         active.remove(entry)
         result: Result = entry.task.result(entry.error)
         if on_end is not None and entry.error is None:

@@ -1,4 +1,4 @@
-"""Models of a named shape with random weights: for speed and memory, where no checkpoint is at hand.
+"""Models of a named shape with random weights: for speed and memory, without a checkpoint.
 
 The outputs mean nothing. Weights are drawn so that activations keep their size through the layers
 and so that routing spreads: `bench` reports the distinct experts that were really read.
@@ -6,7 +6,7 @@ and so that routing spreads: `bench` reports the distinct experts that were real
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from cascade.weights import (
     AttentionWeights,
     LayerWeights,
     MambaWeights,
+    Mixer,
     MLPWeights,
     ModelWeights,
     MoEWeights,
@@ -104,7 +105,7 @@ class _Drawer:
 
     def model(self) -> ModelWeights:
         c = self.config
-        makers = {
+        makers: dict[str, Callable[[], Mixer]] = {
             "linear_attention": self.mamba,
             "full_attention": self.attention,
             "moe": self.moe,

@@ -380,7 +380,8 @@ def decide(policy: Policy, scores: StepScores) -> Accept | Rewrite:
         raise PolicyError(f"policy {policy!r} raised {type(error).__name__}: {error}") from error
     if not isinstance(decision, (Accept, Rewrite)):
         raise PolicyError(
-            f"policy {policy!r} returned {decision!r}; decisions are Accept() and Rewrite(start=...)"
+            f"policy {policy!r} returned {decision!r}; "
+            "decisions are Accept() and Rewrite(start=...)"
         )
     if isinstance(decision, Rewrite) and decision.start >= len(scores.logprobs):
         raise PolicyError(

@@ -107,7 +107,7 @@ class Codec:
                 )
                 found = {i for i, text in zip(ids, texts, strict=True) if delimiter in text}
             self._delimiters[delimiter] = frozenset(found)
-        tags = {self.end_think_id} - {None}
+        tags = frozenset() if self.end_think_id is None else frozenset({self.end_think_id})
         return self._delimiters[delimiter] | self.end_ids | tags
 
     def end_of_thinking(self, last_id: int, delimiter: str = "\n") -> list[int]:

@@ -280,7 +280,7 @@ def pair_loss(
     foreign: tuple[Tensor, Tensor],
     mixed: Tensor,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Cross-entropy of each slice on the tokens it owns; unmixed rows also distil into the smaller."""
+    """Cross-entropy of each slice on its own tokens; unmixed rows also distil into the smaller."""
     target = ids[:, 1:]
     counted = reply[:, 1:] & (document[:, 1:] == document[:, :-1])
     large, small = large[:, :-1].float(), small[:, :-1].float()

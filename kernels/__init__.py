@@ -8,7 +8,8 @@ never ask again. Shapes and promises of every function stand in `reference`.
 Letters in shapes:
     L layers of one kind, S slots of the cache, M positions a slot holds, J journal entries,
     R rows of a call, T tokens of a row, H heads, G groups, P head dim, N state size,
-    C convolution channels (H * P + 2 * G * N), K convolution taps, D attention head dim, V vocabulary.
+    C convolution channels (H * P + 2 * G * N), K convolution taps, D attention head dim,
+    V vocabulary.
 """
 
 from __future__ import annotations

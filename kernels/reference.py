@@ -231,7 +231,8 @@ def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float)
     wide = y.float() * F.silu(gate.float())
     parts = wide.unflatten(-1, (groups, -1))
     parts = parts * torch.rsqrt(parts.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * parts.flatten(-2).to(gate.dtype)
+    normed: Tensor = weight * parts.flatten(-2).to(gate.dtype)
+    return normed
 
 
 def causal_conv(history: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -32,7 +32,7 @@ def failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *arg
 
 def test_run_shows_steps_and_a_summary() -> None:
     output = cascade("run", "57 + 87 + 70")
-    assert "57 + 87 = 144" in output
+    assert "57 + 87 + 70 = 214" in output
     assert "answer '214'" in output
     assert "\x1b[" not in output  # plain when not a terminal
 

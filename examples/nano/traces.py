@@ -1,8 +1,8 @@
 """Questions worded exactly as reasoning-gym words them, and the chain of thought that solves each.
 
 `sample(kind, rng)` draws a question from the same distribution as reasoning-gym does (with the
-settings in `KINDS`); `solve(question)` writes its trace: one step a line, then the answer. Steps are
-(a, op, b) triples; two of them may share a line.
+settings in `KINDS`); `solve(question)` writes its trace: one step a line, then the answer. Steps
+are (a, op, b) triples; two of them may share a line.
 """
 
 from __future__ import annotations

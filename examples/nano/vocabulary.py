@@ -19,7 +19,7 @@ PAD, UNK, START, END, THINK, END_THINK = (
 )  # fmt: skip
 SPECIALS = (PAD, UNK, START, END, THINK, END_THINK)
 ROLES = ("user\n", "assistant\n", "system\n")
-CHARACTERS = tuple(chr(i) for i in range(32, 127)) + ("\n",)
+CHARACTERS = (*map(chr, range(32, 127)), "\n")
 
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
