@@ -6,12 +6,17 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 from rich.console import Console
 
 from cascade.errors import CascadeError
+
+if TYPE_CHECKING:
+    from cascade.reasoner import Reasoner
+
+SMALL_MODEL = 256 * 2**20  # bytes of weights
 
 app = typer.Typer(
     name="cascade",
@@ -47,14 +52,13 @@ def run(
 
     from cascade.errors import RequestError
     from cascade.policies import Threshold
-    from cascade.reasoner import Reasoner
     from cascade.render import StepPrinter, summary
 
     try:
         policy = Threshold(probability=threshold)
     except ValidationError:
         raise RequestError(f"threshold={threshold} is not between 0 and 1") from None
-    reasoner = Reasoner.from_pretrained(
+    reasoner = _load(
         model, draft=draft, verify=verify, strategy=strategy, device=device, max_batch=1
     )
     console = _console()
@@ -90,12 +94,11 @@ def demo(
 ) -> None:
     """Solve held-out problems with large alone, small alone, and both together."""
     from cascade.problems import nano_problems
-    from cascade.reasoner import Reasoner
     from cascade.render import StepPrinter, comparison, summary
     from cascade.strategies import Single, Stepwise
 
     console = _console()
-    reasoner = Reasoner.from_pretrained(model, device=device, max_batch=16)
+    reasoner = _load(model, device=device, max_batch=16)
     small, large = reasoner.roles.draft, reasoner.roles.verify
     problems = nano_problems(size, seed)
     printer = StepPrinter(console, list(reasoner.model.slices))
@@ -201,10 +204,9 @@ def audit(
     """
     from dataclasses import asdict
 
-    from cascade.reasoner import Reasoner
     from cascade.render import audit_table
 
-    reasoner = Reasoner.from_pretrained(model, device=device, max_batch=1)
+    reasoner = _load(model, device=device, max_batch=1)
     report = reasoner.audit(prompt, max_tokens=max_tokens, tolerance=tolerance)
     if as_json:
         typer.echo(json.dumps({**asdict(report), "max_relative_error": report.max_relative_error}))
@@ -215,6 +217,22 @@ def audit(
         console.print(f"largest relative deviation {report.max_relative_error:.3g}: {verdict}")
     if not report.ok:
         raise typer.Exit(1)
+
+
+def _load(model: str, **options: Any) -> Reasoner:
+    """A Reasoner for this process alone, which may then set the threads of torch.
+
+    Small matrices gain nothing from several threads, and lose much where cores are busy: threads
+    wait for each other after every product.
+    """
+    import torch
+
+    from cascade.reasoner import Reasoner
+
+    reasoner = Reasoner.from_pretrained(model, **options)
+    if reasoner.model.device.type == "cpu" and reasoner.model.nbytes < SMALL_MODEL:
+        torch.set_num_threads(1)
+    return reasoner
 
 
 def _console() -> Console:

@@ -124,8 +124,9 @@ class Sequence:
 
     def exact_length(self, slice: str) -> int:
         """Leading tokens whose cache is exactly what `slice` alone would have written."""
-        exact = self.slot.exact_length(self.model.slice_index(slice))
-        return min(exact, max(self.length - 1, 0))
+        writer = self.model.slice_index(slice)
+        settle([self])
+        return self.slot.exact_length(writer)
 
     # ---- verbs ----
 

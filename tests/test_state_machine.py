@@ -52,7 +52,6 @@ class Shadow:
 
     runner:   the slice that ran last: what it ran, or did not, is committed as its own
     verified: the slice that ran all of the drafted ids as its last act, if one did
-    settled:  False after a failed verb: the next one may have to rebuild
     """
 
     sequence: Sequence
@@ -62,7 +61,6 @@ class Shadow:
     drafted: list[int] = field(default_factory=list)
     runner: str = ""
     verified: str | None = None
-    settled: bool = True
 
     def prefix(self, writer: str) -> int:
         """Leading positions before the last that `writer` wrote."""
@@ -203,7 +201,6 @@ class Verbs(RuleBasedStateMachine):
         batch.commit([0] * len(rows))
         for row in rows:
             row.drop()
-            row.settled = True
         k = [data.draw(st.integers(0, min(DRAFT, row.sequence.room))) for row in rows]
         drafted = batch.draft(k, drafter)
         for row, count in zip(rows, k, strict=True):
@@ -251,9 +248,7 @@ class Verbs(RuleBasedStateMachine):
             return
         for row in self.some(data, lambda row: True)[:1]:
             n = data.draw(st.integers(1, free))
-            settled = row.settled
             for _, forks in self.verb(data, [row], lambda _: [row.sequence.fork(n)]):
-                row.settled = settled
                 for sequence in forks:
                     twin = Shadow(sequence, row.mode, list(row.tokens), list(row.writers))
                     twin.runner = row.runner
@@ -282,7 +277,8 @@ class Verbs(RuleBasedStateMachine):
             assert sequence.slot.entries <= len(sequence.rows)
             assert sequence.provenance[:-1] == row.writers[:-1]
             assert set(sequence.provenance[-1:]) <= set(SLICES)
-            if row.settled:
+            # Asking would rebuild what a failed verb has left behind; the next verb must.
+            if sequence.slot.folded == max(len(row.tokens) - 1, 0):
                 for slice in SLICES:
                     assert sequence.exact_length(slice) == row.prefix(slice)
 
@@ -316,8 +312,6 @@ class Verbs(RuleBasedStateMachine):
         finally:
             self.kernels.disarm()
         self.unchanged(rows)
-        for row in rows:
-            row.settled = not failed
         if not failed:
             yield from zip(rows, results, strict=True)
         self.record()
