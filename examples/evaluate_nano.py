@@ -28,7 +28,7 @@ from cascade.task import Run, Task, Verify
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from nano.traces import held_out_step, solve
+from nano.traces import Trace, held_out_step, solve
 
 SEED = 90210
 CHUNK = 96
@@ -184,7 +184,7 @@ class Evaluation:
         """
         heads, wrong = [], []
         for problem, prompt, result in list(zip(problems, prompts, drafts, strict=True))[:size]:
-            expected = [line + "\n" for line in solve(problem.question).lines]
+            expected = [line + "\n" for line in trace_of(problem).lines]
             head = list(prompt)
             for number, step in enumerate(s for s in result.steps if s.phase == "thinking"):
                 right = number < len(expected) and step.text == expected[number]
@@ -269,15 +269,18 @@ def with_new_steps(size: int, seed: int) -> Iterator[Problem]:
     """Problems of all kinds in turn with an operation that training refused."""
     pools: dict[str, Iterator[Problem]] = {
         kind: (
-            p
-            for p in stream(kind, seed, **settings)
-            if any(map(held_out_step, solve(p.question).steps))
+            p for p in stream(kind, seed, **settings) if any(map(held_out_step, trace_of(p).steps))
         )
         for kind, settings in NANO_KINDS.items()
     }
     kinds = list(pools)
     for i in range(size):
         yield next(pools[kinds[i % len(kinds)]])
+
+
+def trace_of(problem: Problem) -> Trace:
+    """The exact solution; none for an equation that anything solves, `0 = 0`."""
+    return Trace() if problem.question.endswith(": 0 = 0") else solve(problem.question)
 
 
 def by_task(problems: Sequence[Problem], results: Sequence[Result]) -> dict[str, float]:

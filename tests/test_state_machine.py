@@ -396,7 +396,7 @@ def run(model: ElasticModel, monkeypatch: pytest.MonkeyPatch) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=int(os.environ.get("CASCADE_EXAMPLES", "30")),
+            max_examples=int(os.environ.get("CASCADE_EXAMPLES", "25")),
             stateful_step_count=int(os.environ.get("CASCADE_STEPS", "25")),
             deadline=None,
             database=None,

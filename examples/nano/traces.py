@@ -175,6 +175,8 @@ def _simple_equations(rng: random.Random) -> str:
             a, b = a - c, b - d
         else:
             a, b = a * d + b * c, b * d
+    if a == 0:  # "0 = 0": anything solves it
+        return _simple_equations(rng)
     x = rng.randint(1, 100)
     equation = f"{_linear(a, b, name)} = {a * x + b}"
     return rng.choice(
