@@ -191,23 +191,37 @@ def export(
 
 @app.command()
 def audit(
-    prompt: Annotated[str, typer.Argument(help="the question whose run is audited")],
+    prompts: Annotated[list[str], typer.Argument(help="the question whose run is audited")],
     model: Model = "nano",
-    tolerance: Annotated[float, typer.Option(help="largest relative deviation allowed")] = 1e-4,
+    handoff: Annotated[
+        bool,
+        typer.Option("--handoff", help="measure whether slices can read each other's cache"),
+    ] = False,
+    tolerance: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="largest relative deviation allowed; unless given, what rounding does"),
+    ] = None,
     max_tokens: Annotated[int, typer.Option()] = 128,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Run one prompt stepwise and check the cache against a from-scratch prefill.
 
-    Exits with 1 where the deviation passes the tolerance.
+    Exits with 1 where the deviation passes the tolerance. With --handoff, and several prompts,
+    measures instead what it costs a slice to go on over another one's cache.
     """
     from dataclasses import asdict
 
+    from cascade.errors import RequestError
     from cascade.render import audit_table
 
     reasoner = _load(model, device=device, max_batch=1)
-    report = reasoner.audit(prompt, max_tokens=max_tokens, tolerance=tolerance)
+    if handoff:
+        _audit_handoffs(reasoner, prompts, as_json)
+        return
+    if len(prompts) != 1:
+        raise RequestError(f"one prompt is audited at a time, got {len(prompts)}")
+    report = reasoner.audit(prompts[0], max_tokens=max_tokens, tolerance=tolerance)
     if as_json:
         typer.echo(json.dumps({**asdict(report), "max_relative_error": report.max_relative_error}))
     else:
@@ -217,6 +231,24 @@ def audit(
         console.print(f"largest relative deviation {report.max_relative_error:.3g}: {verdict}")
     if not report.ok:
         raise typer.Exit(1)
+
+
+def _audit_handoffs(reasoner: Reasoner, prompts: list[str], as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from cascade.handoff import handoff_report
+    from cascade.render import handoff_table
+
+    codec = reasoner.codec
+    ids = [codec.encode_prompt(prompt)[1] for prompt in prompts]
+    report = handoff_report(reasoner.model, ids, until=codec.end_ids, cache=reasoner.cache)
+    if as_json:
+        facts = {"can_share": report.can_share, "recommendation": report.recommendation}
+        typer.echo(json.dumps({**asdict(report), **facts}))
+        return
+    console = _console()
+    console.print(handoff_table(report))
+    console.print(report.recommendation, soft_wrap=True)
 
 
 def _load(model: str, **options: Any) -> Reasoner:

@@ -7,6 +7,7 @@ difference of the two is what a handoff costs.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -76,25 +77,33 @@ def handoff_report(
     *,
     slices: Seq[str] | None = None,
     tokens: int = MIN_TOKENS,
+    until: Iterable[int] = (),
     cache: Cache | None = None,
 ) -> HandoffReport:
-    """Measure every handoff between `slices` (all trained ones unless given).
+    """Measure every handoff between `slices` (unless given all trained ones, or all).
 
     prompts: token ids of each prompt. Each is continued greedily by the reader alone for up to
-             2 * `tokens` ids (or to the end of the cache); the writer writes prompt and first
-             half, the reader is scored on the second half. Never the first token alone: that one
-             agrees even where nothing else does.
+             2 * `tokens` ids (or to the end of the cache, or an id of `until`); the writer writes
+             prompt and first half, the reader is scored on the second half. Never the first token
+             alone: that one agrees even where nothing else does.
 
-    Raises RequestError where there is nothing to measure.
+    Raises RequestError where fewer than `tokens` positions could be scored.
     """
-    names = list(slices or [name for name, spec in model.slices.items() if spec.trained])
+    trained = [name for name, spec in model.slices.items() if spec.trained]
+    names = list(slices or (trained if len(trained) > 1 else model.slices))
     if len(names) < 2:
         raise RequestError(f"a handoff needs two slices; got {names}")
     if not prompts:
         raise RequestError("no prompts to measure handoffs with")
-    pairs = []
+    pairs, stops = [], frozenset(until)
     for reader in names:
-        texts = [_own_text(model, prompt, reader, 2 * tokens, cache) for prompt in prompts]
+        texts = [_own_text(model, prompt, reader, 2 * tokens, stops, cache) for prompt in prompts]
+        scored = sum(len(tail) for _, tail in texts)
+        if scored < tokens:
+            raise RequestError(
+                f"only {scored} positions after the handoff, too few to judge it by: "
+                f"give more prompts, until there are at least {tokens}"
+            )
         own = [_score(model, head, tail, reader, reader, cache) for head, tail in texts]
         for writer in names:
             if writer == reader:
@@ -105,15 +114,22 @@ def handoff_report(
 
 
 def _own_text(
-    model: ElasticModel, prompt: Seq[int], reader: str, length: int, cache: Cache | None
+    model: ElasticModel,
+    prompt: Seq[int],
+    reader: str,
+    length: int,
+    stops: frozenset[int],
+    cache: Cache | None,
 ) -> tuple[list[int], list[int]]:
     """What the reader alone writes, split: (prompt and first half, second half)."""
     with model.sequence(cache=cache) as sequence:
         sequence.append(list(prompt), reader)
         while sequence.length - len(prompt) < length and sequence.room > 0:
             left = min(length - (sequence.length - len(prompt)), sequence.room)
-            sequence.draft(min(left, sequence.cache.max_draft), reader)
-            sequence.commit(len(sequence.drafted))
+            ids = sequence.draft(min(left, sequence.cache.max_draft), reader, until=stops)
+            sequence.commit(len(ids))
+            if ids[-1] in stops:
+                break
         ids = sequence.tokens
     half = len(prompt) + (len(ids) - len(prompt)) // 2
     return ids[:half], ids[half:]

@@ -197,7 +197,9 @@ class ElasticModel:
             arch=self.arch,
             decay=self._decay,
             max_batch=max_batch,
-            max_length=max_length or min(self.arch.max_positions, DEFAULT_LENGTH),
+            max_length=(
+                min(self.arch.max_positions, DEFAULT_LENGTH) if max_length is None else max_length
+            ),
             max_draft=max_draft,
             device=self.device,
             dtype=self.dtype,

@@ -226,7 +226,7 @@ class Reasoner:
         prompt: Any,
         params: SamplingParams | None = None,
         *,
-        tolerance: float = 1e-4,
+        tolerance: float | None = None,
         **kw: Any,
     ) -> AuditReport:
         """Run one prompt and compare its cache with a prefill by the verifying slice alone."""

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from cascade.audit import AuditReport
 from cascade.events import Event
+from cascade.handoff import HandoffReport
 from cascade.model import ElasticModel
 from cascade.results import Result
 from cascade.slices import format_bytes, format_count
@@ -126,6 +127,23 @@ def audit_table(report: AuditReport) -> Table:
     for d in report.by_layer:
         style = "" if d.relative <= report.tolerance else "red"
         table.add_row(str(d.layer), d.part, f"{d.absolute:.3g}", f"{d.relative:.3g}", style=style)
+    return table
+
+
+def handoff_table(report: HandoffReport) -> Table:
+    """What `cascade audit --handoff` shows."""
+    table = Table(title="going on over another slice's cache", title_justify="left")
+    for column in ("writer", "reader", "nats / token", "over its own", "same token", "tokens"):
+        table.add_column(column, justify="right")
+    for pair in report.pairs:
+        table.add_row(
+            pair.writer,
+            pair.reader,
+            f"{pair.loss:.4f}",
+            f"{pair.own_loss:.4f}",
+            f"{pair.agreement:.1%}",
+            str(pair.tokens),
+        )
     return table
 
 

@@ -215,7 +215,7 @@ class Sequence:
         """
         return Batch([self]).refresh(slice)[0]
 
-    def audit(self, slice: str, *, tolerance: float = 1e-4) -> AuditReport:
+    def audit(self, slice: str, *, tolerance: float | None = None) -> AuditReport:
         """Compare the cache with a from-scratch prefill of the committed tokens under `slice`."""
         settle([self])
         return audit(self, slice, tolerance=tolerance)

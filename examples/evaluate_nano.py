@@ -22,7 +22,7 @@ from rich.progress import Progress
 
 from cascade import Reasoner
 from cascade.problems import NANO_KINDS, Problem, nano_problems, stream
-from cascade.results import Result
+from cascade.results import Result, Step
 from cascade.strategies.base import Roles, Strategy
 from cascade.task import Run, Task, Verify
 
@@ -180,36 +180,34 @@ class Evaluation:
     ) -> dict[str, Any]:
         """Does the large slice's score tell wrong small steps from right ones?
 
-        Steps of small alone, up to its first wrong one; right is what the exact solution says.
+        Steps of small after a right beginning; right is what the exact solution says. Small
+        reads the same cache as large does, and may write another step over another one's.
         """
-        heads, wrong = [], []
+        heads, expected = [], []
         for problem, prompt, result in list(zip(problems, prompts, drafts, strict=True))[:size]:
-            expected = [line + "\n" for line in trace_of(problem).lines]
+            lines = [*(line + "\n" for line in trace_of(problem).lines), "</think>"]
             head = list(prompt)
-            for number, step in enumerate(s for s in result.steps if s.phase == "thinking"):
-                right = number < len(expected) and step.text == expected[number]
-                ends = number == len(expected) and (step.text or "").startswith("</think>")
+            thought = [step for step in result.steps if step.phase == "thinking"]
+            for step, line in zip(thought, lines, strict=False):
                 heads.append(list(head))
-                wrong.append(not (right or ends))
-                if wrong[-1]:
+                expected.append(line)
+                if not is_right(step, line):
                     break
                 head += step.token_ids
-        found: dict[str, Any] = {"steps": len(wrong), "wrong": sum(wrong)}
+        found: dict[str, Any] = {}
         for name, writer in (("shared", self.small), ("recomputed", self.large)):
             strategy = ScoreOneStep(writer=writer, draft=self.small, verify=self.large)
-            reasoner = self.shared if name == "shared" else self.exact
-            steps = [
-                r.steps[0] for r in self._generate(heads, strategy=strategy, reasoner=reasoner)
-            ]
+            results = self._generate(heads, strategy=strategy, reasoner=self.shared)
+            steps = [result.steps[0] for result in results]
+            wrong = [not is_right(s, line) for s, line in zip(steps, expected, strict=True)]
+            rejected = [(s.score or 0) < 0.5 for s in steps]
             found[name] = {
+                "steps": len(steps),
+                "wrong": sum(wrong),
                 "auroc_mean": auroc([-(s.mean_score or 0) for s in steps], wrong),
                 "auroc_min": auroc([-(s.score or 0) for s in steps], wrong),
-                "wrong_caught": mean(
-                    (s.score or 0) < 0.5 for s, w in zip(steps, wrong, strict=True) if w
-                ),
-                "right_rejected": mean(
-                    (s.score or 0) < 0.5 for s, w in zip(steps, wrong, strict=True) if not w
-                ),
+                "wrong_caught": mean(r for r, w in zip(rejected, wrong, strict=True) if w),
+                "right_rejected": mean(r for r, w in zip(rejected, wrong, strict=True) if not w),
             }
         return found
 
@@ -283,6 +281,11 @@ def trace_of(problem: Problem) -> Trace:
     return Trace() if problem.question.endswith(": 0 = 0") else solve(problem.question)
 
 
+def is_right(step: Step, line: str) -> bool:
+    text = step.text or ""
+    return text.startswith(line) if line == "</think>" else text == line
+
+
 def by_task(problems: Sequence[Problem], results: Sequence[Result]) -> dict[str, float]:
     """Share solved by kind, and over `all`."""
     solved: dict[str, list[bool]] = defaultdict(list)
@@ -331,16 +334,15 @@ def markdown(report: dict[str, Any]) -> str:
             f"| {h['where']} | {h['writer']} | {h['reader']} "
             f"| {100 * h['shared']:.1f} | {100 * h['recomputed']:.1f} |"
         )
-    s = report["scores"]
-    lines += ["", f"Large's score of {s['steps']} small steps, {s['wrong']} of them wrong", ""]
+    lines += ["", "Large's score of small's steps", ""]
     lines += [
-        "| cache | AUROC mean | AUROC min | wrong caught | right rejected |",
-        "|---|--:|--:|--:|--:|",
+        "| cache | steps | wrong | AUROC mean | AUROC min | wrong caught | right rejected |",
+        "|---|--:|--:|--:|--:|--:|--:|",
     ]
-    for name in ("shared", "recomputed"):
-        row = s[name]
+    for name, row in report["scores"].items():
         lines.append(
-            f"| {name} | {row['auroc_mean']:.4f} | {row['auroc_min']:.4f} "
+            f"| {name} | {row['steps']} | {row['wrong']} "
+            f"| {row['auroc_mean']:.4f} | {row['auroc_min']:.4f} "
             f"| {100 * row['wrong_caught']:.1f} % | {100 * row['right_rejected']:.1f} % |"
         )
     w = report["stepwise"]

@@ -103,11 +103,12 @@ def parse_width(text: str) -> Widths:
 
 
 def pairs(slices: Mapping[str, Widths]) -> list[tuple[str, str]]:
-    """Which two slices run together, by turns: the largest with each other one, twice as often as
-    the second largest with the smallest."""
-    names = sorted(slices, key=lambda name: slices[name], reverse=True)
-    with_largest = [(names[0], other) for other in reversed(names[1:])]
-    return [*with_largest, *with_largest, (names[1], names[-1])]
+    """Which two slices run together, by turns: the largest always, the smallest least often.
+
+    How well a slice does depends on its share of the steps more than on its width.
+    """
+    largest, *others = sorted(slices, key=lambda name: slices[name], reverse=True)
+    return [(largest, other) for other in (*others, *others, *others[:-1])]
 
 
 def compile_layers() -> None:

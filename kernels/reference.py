@@ -110,9 +110,9 @@ def fork_copy(
 ) -> None:
     """Copy one slot's first `length` positions, windows and states to every slot in `targets`."""
     for cache in (keys, values):
-        cache[:, targets, :length] = cache[:, source, :length].unsqueeze(1)
+        cache[:, targets, :length] = cache[:, source, :length].unsqueeze(1).clone()
     for part in (window, state):
-        part[:, targets] = part[:, source].unsqueeze(1)
+        part[:, targets] = part[:, source].unsqueeze(1).clone()
 
 
 def provenance_stamp(

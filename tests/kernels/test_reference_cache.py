@@ -107,6 +107,14 @@ def test_kv_compact_closes_the_gaps(paths: list[set[int]]) -> None:
     assert torch.equal(values, wanted[1])
 
 
+def test_fork_copy_of_one_layer_and_a_full_slot() -> None:
+    keys, values = torch.randn(1, 3, 4, 2, 5), torch.randn(1, 3, 4, 2, 5)
+    window, state = torch.randn(1, 3, 3, 6), torch.randn(1, 3, 2, 4, 4)
+    reference.fork_copy(keys, values, window, state, 1, index([0, 2]), 4)
+    for part in (keys, values, window, state):
+        assert torch.equal(part[:, 0], part[:, 1]) and torch.equal(part[:, 2], part[:, 1])
+
+
 def test_fork_copy_copies_the_prefix_and_the_whole_state() -> None:
     keys, values = torch.randn(2, 4, 6, 1, 2), torch.randn(2, 4, 6, 1, 2)
     window, state = torch.randn(3, 4, 3, 5), torch.randn(3, 4, 2, 2, 2)
