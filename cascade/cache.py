@@ -25,6 +25,7 @@ from torch import Tensor
 
 from cascade.architecture import Architecture
 from cascade.errors import CacheFull, RequestError
+from cascade.threads import threads_for
 
 
 class Journal:
@@ -201,6 +202,12 @@ class Cache:
 
     def fold(self, folds: list[Fold], journal: Journal) -> None:
         """Commit: replay journal entries into windows and states, and record who wrote them."""
+        with threads_for(self.device, sum(fold.count + 1 for fold in folds), self.window.shape[-1]):
+            self._fold(folds, journal)
+        for fold in folds:
+            self._book(fold)
+
+    def _fold(self, folds: list[Fold], journal: Journal) -> None:
         rows = self.index([fold.slot.index for fold in folds])
         sources = self.index([fold.source for fold in folds])
         counts = self.index([fold.count for fold in folds])
@@ -219,8 +226,6 @@ class Cache:
             entries = self.index([fold.count for fold in moved])
             for target, source in zip(self.journal.tensors(), journal.tensors(), strict=True):
                 self.kernels.journal_keep(target, source, rows, sources, entries)
-        for fold in folds:
-            self._book(fold)
 
     def _book(self, fold: Fold) -> None:
         slot = fold.slot

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cascade.architecture import Architecture
 from cascade.cache import Cache, Journal
+from cascade.threads import threads_for
 from cascade.weights import AttentionWeights, MambaWeights, MLPWeights, ModelWeights, MoEWeights
 
 
@@ -85,6 +86,19 @@ def forward(
 
     Returns, for each row, the hidden states of its ids after the final norm, [len(ids), H].
     """
+    tokens = sum(len(feed.ids) for feed in feeds)
+    with threads_for(cache.device, tokens, weights.embeddings.shape[1]):
+        return _forward(weights, arch, kernels, cache, journal, feeds)
+
+
+def _forward(
+    weights: ModelWeights,
+    arch: Architecture,
+    kernels: ModuleType,
+    cache: Cache,
+    journal: Journal,
+    feeds: Sequence[Feed],
+) -> list[Tensor]:
     layout = Layout(feeds, cache.device)
     hidden = F.embedding(layout.ids, weights.embeddings)
     mamba = attention = 0
@@ -109,7 +123,8 @@ def forward(
 
 def logits(weights: ModelWeights, hidden: Tensor) -> Tensor:
     """[..., H] -> [..., V] fp32."""
-    return F.linear(hidden, weights.head).float()
+    with threads_for(hidden.device, len(hidden), hidden.shape[-1]):
+        return F.linear(hidden, weights.head).float()
 
 
 def _mamba(
