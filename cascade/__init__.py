@@ -32,6 +32,7 @@ _WHERE = {
     "Sequence": "sequence",
     "SliceSpec": "slices",
     "Step": "results",
+    "handoff_report": "handoff",
 }
 
 __all__ = sorted(["__version__", *_WHERE])
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from cascade.batch import Batch as Batch
     from cascade.cache import Cache as Cache
     from cascade.errors import CascadeError as CascadeError
+    from cascade.handoff import handoff_report as handoff_report
     from cascade.model import ElasticModel as ElasticModel
     from cascade.reasoner import Reasoner as Reasoner
     from cascade.results import Result as Result
