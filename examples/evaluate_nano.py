@@ -108,6 +108,8 @@ class Evaluation:
                 *self._half_way(problems, prompts, alone, self.large, self.small),
                 *self._half_way(problems, prompts, alone, self.slices[1], self.small),
                 *self._half_way(problems, prompts, alone, self.small, self.slices[1]),
+                *self._half_way(problems, prompts, alone, self.small, self.large, at_line=True),
+                *self._half_way(problems, prompts, alone, self.large, self.small, at_line=True),
                 *self._from_prompt(problems, prompts, alone),
             ],
             "scores": self._scores(problems, prompts, alone[self.small], size // 2),
@@ -134,13 +136,22 @@ class Evaluation:
         alone: dict[str, list[Result]],
         writer: str,
         reader: str,
+        at_line: bool = False,
     ) -> Iterator[dict[str, Any]]:
-        """The writer writes the first half of its own reply, the reader the rest."""
-        heads = [
-            [*prompt, *result.token_ids[: len(result.token_ids) // 2]]
-            for prompt, result in zip(prompts, alone[writer], strict=True)
-        ]
-        yield self._handoff("half-way", problems, prompts, heads, writer, reader)
+        """The writer writes the first half of its own reply, the reader the rest.
+
+        Half-way is often inside a number, and what the writer would have written next is in its
+        state, right or wrong; `at_line` cuts at the last end of a line before.
+        """
+        newlines = self.exact.codec.boundaries("\n") - self.exact.codec.end_ids
+        heads = []
+        for prompt, result in zip(prompts, alone[writer], strict=True):
+            head = list(result.token_ids[: len(result.token_ids) // 2])
+            while at_line and head and head[-1] not in newlines:
+                head.pop()
+            heads.append([*prompt, *head])
+        where = "at a line's end" if at_line else "half-way"
+        yield self._handoff(where, problems, prompts, heads, writer, reader)
 
     def _from_prompt(
         self,
