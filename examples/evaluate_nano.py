@@ -24,6 +24,7 @@ from cascade import Reasoner
 from cascade.problems import NANO_KINDS, Problem, nano_problems, stream
 from cascade.results import Result, Step
 from cascade.strategies.base import Roles, Strategy
+from cascade.strategies.single import Single
 from cascade.task import Run, Task, Verify
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -255,8 +256,6 @@ class Evaluation:
         slice: str | None = None,
         reasoner: Reasoner | None = None,
     ) -> list[Result]:
-        from cascade.strategies.single import Single
-
         chosen = Single(slice=slice) if slice else strategy
         task = self.progress.add_task(f"{chosen!r:.60}", total=len(prompts))
         results: list[Result] = []

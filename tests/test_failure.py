@@ -37,15 +37,6 @@ ERRORS = [Injected(), MemoryError("out of memory"), KeyboardInterrupt(), Runtime
 FILES = ("batch.py", "passes.py", "cache.py", "sequence.py")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads over matrices this small are many times slower on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def kernels() -> FaultyKernels:
     return FaultyKernels(elastic(parent("M")).kernels)

@@ -28,15 +28,6 @@ TOLERANCE = 1e-4
 BF16_TOLERANCE = 2e-2
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads over matrices this small are many times slower on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def model() -> ElasticModel:
     return elastic(parent("M*E*M"))

@@ -371,15 +371,6 @@ def digests(cache: Cache, rows: list[Shadow]) -> dict[int, list[int]]:
     return {slot.index: row for slot, row in zip(slots, table, strict=True)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads over matrices this small are many times slower on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_every_verb_keeps_the_cache_consistent_in_every_mode(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -146,19 +146,20 @@ def _divisors(n: int) -> list[int]:
 
 
 def _gcd(rng: random.Random) -> str:
-    for _ in range(3):
-        a, b = rng.randint(1, 1000), rng.randint(1, 1000)
-        if gcd(a, b) > 1:
-            break
-    return f"{GCD}{a}, {b}{GCD_END}"
+    return f"{GCD}{_two_numbers(rng, 1000)}{GCD_END}"
 
 
 def _lcm(rng: random.Random) -> str:
+    return f"{LCM}{_two_numbers(rng, 100)}"
+
+
+def _two_numbers(rng: random.Random, high: int) -> str:
+    """Two numbers that share a divisor, if three attempts bring any."""
     for _ in range(3):
-        a, b = rng.randint(1, 100), rng.randint(1, 100)
+        a, b = rng.randint(1, high), rng.randint(1, high)
         if gcd(a, b) > 1:
             break
-    return f"{LCM}{a}, {b}"
+    return f"{a}, {b}"
 
 
 def _simple_equations(rng: random.Random) -> str:

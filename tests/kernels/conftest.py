@@ -6,10 +6,6 @@ import pytest
 import torch
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU and CuPy")
-
-
 @pytest.fixture
 def cuda() -> ModuleType:
     """The CUDA kernels, where they can run."""
