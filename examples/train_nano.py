@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -38,7 +39,8 @@ PRESETS: dict[str, tuple[Sizes, dict[str, Widths]]] = {
         {"small": (24, 8), "medium": (40, 16), "large": (64, 32)},
     ),
 }
-MIX_FROM = 0.35  # share of the time after which half of the rows have caches of mixed owners
+MIX_FROM = 0.3  # share of the time after which rows have caches of mixed owners
+MIXED_ROWS = 0.6
 COOL_FROM = 0.4  # share of the time after which the learning rate falls linearly to zero
 WARM_STEPS = 100
 END_SECONDS = 8  # to write the files
@@ -103,12 +105,13 @@ def parse_width(text: str) -> Widths:
 
 
 def pairs(slices: Mapping[str, Widths]) -> list[tuple[str, str]]:
-    """Which two slices run together, by turns: the largest always, the smallest least often.
+    """Which two slices run together, by turns: each with each, those with the largest twice.
 
     How well a slice does depends on its share of the steps more than on its width.
     """
-    largest, *others = sorted(slices, key=lambda name: slices[name], reverse=True)
-    return [(largest, other) for other in (*others, *others, *others[:-1])]
+    names = sorted(slices, key=lambda name: slices[name], reverse=True)
+    every = list(combinations(names, 2))
+    return [*every, *(pair for pair in every if names[0] in pair)]
 
 
 def compile_layers() -> None:
@@ -138,7 +141,7 @@ class Trainer:
         """One step; `share` is the part of the time that has passed."""
         first, second = self.pairs[self.step % len(self.pairs)]
         ids, document, reply = self._to_device(rows)
-        owner, mixed = owners(ids, document, reply, 0.5 if share >= MIX_FROM else 0.0)
+        owner, mixed = owners(ids, document, reply, MIXED_ROWS if share >= MIX_FROM else 0.0)
         foreign = (mixed & (owner == 1), mixed & (owner == 0))
         logits = pair_forward(
             self.model, ids, document, (self.slices[first], self.slices[second]), foreign
@@ -248,7 +251,8 @@ def train(trainer: Trainer, source: Iterator[Rows], seconds: float, out: Path) -
 def owners(ids: Tensor, document: Tensor, reply: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """Who of the pair owns each token's cache entry, [B, T] in {0, 1}, and which rows are mixed.
 
-    Four patterns: switches anywhere, at line ends, between prompt and reply, and rarely.
+    Switches anywhere, rarely to often, at line ends, or between prompt and reply. Most are inside
+    a number: there the rest of it has to be found over what another slice had in mind.
     """
     rows, length = ids.shape
     device = ids.device
@@ -257,13 +261,14 @@ def owners(ids: Tensor, document: Tensor, reply: Tensor, share: float) -> tuple[
     after_line = F.pad(ids[:, :-1] == vocabulary.IDS["\n"], (1, 0)) & reply
     reply_begins = reply & ~F.pad(reply[:, :-1], (1, 0))
     begins = document != F.pad(document[:, :-1], (1, 0))
+    anywhere = torch.where(pattern < 0.35, 1 / 8, torch.where(pattern < 0.7, 1 / 24, 1 / 80))
     switches = torch.where(
-        pattern < 0.4,
-        chance < 1 / 24,
+        pattern < 0.75,
+        chance < anywhere,
         torch.where(
-            pattern < 0.7,
+            pattern < 0.9,
             after_line & (chance < 0.5),
-            torch.where(pattern < 0.85, reply_begins | (begins & (chance < 0.5)), chance < 1 / 80),
+            reply_begins | (begins & (chance < 0.5)),
         ),
     )
     start = torch.randint(0, 2, (rows, 1), device=device)
