@@ -35,7 +35,7 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON object instea
 def run(
     prompt: Annotated[str, typer.Argument(help="the question; - reads it from standard input")],
     model: Model = "nano",
-    strategy: Annotated[str, typer.Option(help="stepwise or single")] = "stepwise",
+    strategy: Annotated[str, typer.Option(help="stepwise, budget, explore or single")] = "stepwise",
     draft: Annotated[Optional[str], typer.Option(help="slice that drafts")] = None,  # noqa: UP045
     verify: Annotated[Optional[str], typer.Option(help="slice that verifies")] = None,  # noqa: UP045
     threshold: Annotated[float, typer.Option(help="least token probability of a kept step")] = 0.5,

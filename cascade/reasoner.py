@@ -21,13 +21,14 @@ from cascade.events import Done, Event
 from cascade.model import ElasticModel
 from cascade.policies import Policy, Threshold
 from cascade.results import Result
-from cascade.sampling import Sampler, SamplingParams
+from cascade.sampling import Sampler, SamplingParams, derive_seed
 from cascade.scheduler import Job
 from cascade.sequence import Consistency
 from cascade.strategies import Strategy, resolve
 from cascade.strategies.base import Roles
-from cascade.task import Run, Task
+from cascade.task import Task
 from cascade.text import Codec, is_messages
+from cascade.verbs import Run
 
 DEFAULT_BATCH = 8
 
@@ -86,7 +87,7 @@ class Reasoner:
         """Load `"nano"` (ships with cascade), a directory, or a Hub id.
 
         draft, verify: slice names; the smallest and the largest unless given
-        strategy:      `"stepwise"`, `"single"`, or a `Strategy`
+        strategy:      `"stepwise"`, `"budget"`, `"explore"`, `"single"`, or a `Strategy`
         policy:        when to keep a drafted step; `Threshold()` unless given
         max_batch, max_length: sequences at once, and tokens (prompt included) of each
         load:          further arguments of `ElasticModel.from_pretrained`
@@ -260,9 +261,14 @@ class Reasoner:
             return [], 1
         chosen = self.strategy if strategy is None else resolve(strategy)
         roles = self.roles if policy is None else replace(self.roles, policy=policy)
-        for name in ("slice", "draft", "verify"):
+        for name in ("slice", "draft", "verify", "think", "answer"):
             if (slice := getattr(chosen, name, None)) is not None:
                 self.model.slice_index(slice)
+        if chosen.slots > 1 and self.max_batch < 2:
+            raise RequestError(
+                f"{type(chosen).__name__} runs drafts in slots of their own; "
+                f"max_batch={self.max_batch} leaves none for them"
+            )
         each = _params_for(len(prompts), params, overrides)
         samples = each[0].n
         if any(p.n != samples for p in each):
@@ -279,7 +285,8 @@ class Reasoner:
                 elif sample or shared_seed:
                     seed = derive_seed(seed, number if shared_seed else 0, sample)
                 sampler = Sampler(settings, seed, len(ids), self._ends(settings))
-                jobs.append(Job(len(jobs), self._starter(chosen, roles, sampler, text, ids)))
+                start = self._starter(chosen, roles, sampler, text, ids)
+                jobs.append(Job(len(jobs), start, chosen.slots))
         return jobs, samples
 
     def _starter(
@@ -318,15 +325,6 @@ class Reasoner:
             raise RequestError(
                 f"thinking_token_budget={budget} is beyond max_tokens={params.max_tokens}"
             )
-
-
-def derive_seed(seed: int, request: int, sample: int) -> int:
-    """A seed of its own for each request and sample of one call; (seed, 0, 0) is not changed."""
-    if request == sample == 0:
-        return seed
-    mixed = (seed + 0x9E3779B97F4A7C15 * (request * 0x10001 + sample)) & (2**64 - 1)
-    mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
-    return (mixed ^ (mixed >> 27)) & (2**62 - 1)
 
 
 def _params_for(

@@ -81,6 +81,8 @@ class Metrics:
     mean_accepted:    accepted tokens per drafted step; None where nothing was drafted
     passes, bytes:    forward passes this request took part in, and bytes of weights that those
                       passes read (expected distinct experts, each read once a pass), by slice
+    refreshed:        tokens run again where a strategy made the cache exact at a switch, and the
+                      `refresh_seconds` that this took
     """
 
     seconds: float
@@ -89,6 +91,22 @@ class Metrics:
     mean_accepted: float | None
     passes: Mapping[str, int]
     bytes: Mapping[str, int]
+    refreshed: int = 0
+    refresh_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One of several drafts that a strategy chose from.
+
+    score: what it was chosen by, None where nobody judged it; chosen: whether it became the result
+    """
+
+    answer: str | None
+    text: str | None
+    token_ids: tuple[int, ...]
+    score: float | None
+    chosen: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +120,7 @@ class Result:
     logprobs:  for each generated token, its log-probability and those of the most likely ones,
                where `SamplingParams.logprobs` asked for them
     samples:   with `n` > 1, all samples, this first one included
+    candidates: the drafts that `explore` chose from
     """
 
     prompt: str | None
@@ -117,6 +136,7 @@ class Result:
     seed: int
     logprobs: tuple[Mapping[int, float], ...] | None = None
     error: str | None = None
+    candidates: tuple[Candidate, ...] = ()
     samples: tuple[Result, ...] = field(default=(), repr=False)
 
     def to_dict(self) -> dict[str, Any]:

@@ -168,3 +168,12 @@ class Sampler:
 
 
 GREEDY = SamplingParams()
+
+
+def derive_seed(seed: int, request: int, sample: int) -> int:
+    """A seed of its own for each request and sample of one call; (seed, 0, 0) is not changed."""
+    if request == sample == 0:
+        return seed
+    mixed = (seed + 0x9E3779B97F4A7C15 * (request * 0x10001 + sample)) & (2**64 - 1)
+    mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
+    return (mixed ^ (mixed >> 27)) & (2**62 - 1)

@@ -1,7 +1,6 @@
 """One request while it runs: its sequence, its limits, and the record of its steps.
 
-A strategy is a generator over a `Task`: it yields verbs (`Append`, `Draft`, `Verify`, `Commit`) and
-is sent their outcome. The scheduler runs equal verbs of many tasks as one batch.
+A strategy is a generator over a `Task`: it yields verbs and is sent their outcome.
 """
 
 from __future__ import annotations
@@ -11,8 +10,8 @@ import time
 from collections import Counter
 from collections.abc import Generator, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,45 +19,11 @@ from torch import Tensor
 from cascade.errors import PolicyError
 from cascade.events import DraftDelta, Event, SliceChanged, StepCommitted, StepRetracted
 from cascade.policies import Accept, Phase, Policy, Rewrite, StepScores
-from cascade.results import FinishReason, Metrics, Result, Step, Usage
-from cascade.sampling import Sampler
+from cascade.results import Candidate, FinishReason, Metrics, Result, Step, Usage
+from cascade.sampling import Sampler, derive_seed
 from cascade.sequence import Sequence
 from cascade.text import Codec
-
-
-@dataclass(frozen=True, slots=True)
-class Append:
-    """Outcome: logits [V] after the last id."""
-
-    ids: Seq[int]
-    slice: str
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """Outcome: the list of drafted ids, at most `k`, up to and with one of `until`."""
-
-    k: int
-    slice: str
-    until: frozenset[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Verify:
-    """Outcome: logits [k + 1, V] over the drafted ids."""
-
-    slice: str
-
-
-@dataclass(frozen=True, slots=True)
-class Commit:
-    """Outcome: None."""
-
-    n: int
-
-
-Verb: TypeAlias = Append | Draft | Verify | Commit
-Run: TypeAlias = Generator[Verb, Any, None]
+from cascade.verbs import Append, Commit, Draft, Propose, Refresh, Rollback, Run, Verb, Verify
 
 
 @dataclass
@@ -95,9 +60,12 @@ class Task:
         self.finish_reason: FinishReason | None = None
         self.events: list[Event] = []
         self.phase: Phase = "thinking" if codec.thinks_at(prompt_ids) else "answer"
+        self.score: float | None = None  # of a child, where a strategy has judged it
+        self.candidates: tuple[Candidate, ...] = ()
         self._authors: list[tuple[str, Phase]] = []  # one per generated token
         self._logprobs: list[Mapping[int, float]] = []
         self._drafted = self._accepted = self._rewritten = self._draft_steps = 0
+        self._refreshed, self._refresh_seconds = 0, 0.0
         self._cut: int | None = None  # length of the text before a stop string
         self._step: _OpenStep | None = None
         self._writer: str | None = None
@@ -122,7 +90,17 @@ class Task:
     @property
     def thinking_is_over_budget(self) -> bool:
         budget = self.sampler.params.thinking_token_budget
-        return self.phase == "thinking" and budget is not None and self._thought >= budget
+        return self.phase == "thinking" and budget is not None and self.thought >= budget
+
+    @property
+    def thought(self) -> int:
+        """Number of generated tokens of the thought."""
+        return sum(phase == "thinking" for _, phase in self._authors)
+
+    @property
+    def at_step_end(self) -> bool:
+        """Whether the last committed id ends a step."""
+        return self.sequence.tokens[-1] in self.boundaries
 
     def allowance(self, cap: int) -> int:
         """How many ids may be drafted now, at most `cap`."""
@@ -131,19 +109,17 @@ class Task:
         if params.max_tokens is not None:
             limits.append(params.max_tokens - len(self._authors))
         if self.phase == "thinking" and params.thinking_token_budget is not None:
-            limits.append(params.thinking_token_budget - self._thought)
+            limits.append(params.thinking_token_budget - self.thought)
         return max(min(limits), 0)
 
     def scores(self, draft: str, verify: str, table: Tensor) -> StepScores:
         """Score the drafted ids under the verifier's logits [k + 1, V]."""
-        ids = torch.tensor(self.sequence.drafted, device=table.device)
-        picked = table[: len(ids)].log_softmax(-1).gather(1, ids[:, None])[:, 0]
         scores = StepScores(
             step=len(self.steps),
             phase=self.phase,
             drafter=draft,
             verifier=verify,
-            logprobs=tuple(picked.tolist()),
+            logprobs=tuple(logprobs_of(self.sequence.drafted, table)),
         )
         step = self._open
         step.score, step.mean_score = math.exp(scores.min_logprob), math.exp(scores.mean_logprob)
@@ -239,12 +215,77 @@ class Task:
             self.finish_reason = "length"
             self._step = None
             return
-        yield Append(ids, slice)
+        yield Propose(ids)
+        yield Commit(len(ids))
         self._open.ids += ids
         self._authors += [(slice, "thinking")] * len(ids)
         if self.sampler.params.logprobs is not None:
             self._logprobs += [{} for _ in ids]
         self.close_step("forced", slice, slice)
+
+    def refresh(self, slice: str) -> Run:
+        """Make the cache what a slice alone would hold; tokens and time go into the metrics."""
+        began = time.perf_counter()
+        self._refreshed += yield Refresh(slice)
+        self._refresh_seconds += time.perf_counter() - began
+
+    def run_through(self, ids: Seq[int], slice: str) -> Generator[Verb, Any, list[float]]:
+        """Run and keep ids that were written elsewhere; their log-probabilities under the slice."""
+        logprobs: list[float] = []
+        longest = self.sequence.cache.max_draft
+        for chunk in (ids[i : i + longest] for i in range(0, len(ids), longest)):
+            yield Propose(chunk)
+            table = yield Verify(slice)
+            logprobs += logprobs_of(chunk, table)
+            yield Commit(len(chunk))
+        return logprobs
+
+    def child(self, number: int, temperature: float) -> Task:
+        """A task that goes on from here on a fork of the sequence, under a seed of its own.
+
+        temperature: where the request itself is greedy, so that children differ
+        """
+        sampler = self.sampler
+        if sampler.params.greedy:
+            params = sampler.params.model_copy(update={"temperature": temperature})
+            sampler = replace(sampler, params=params)
+        sampler = replace(sampler, seed=derive_seed(sampler.seed, 0, number + 1))
+        [sequence] = self.sequence.fork()
+        sequence.meter = self.sequence.meter  # one account of passes
+        child = Task(sequence, self.codec, sampler, self.prompt, self.prompt_ids, self.delimiter)
+        child.phase, child.steps, child._writer = self.phase, list(self.steps), self._writer
+        child._authors, child._logprobs = list(self._authors), list(self._logprobs)
+        return child
+
+    def judge(self, start: int, slice: str) -> Generator[Verb, Any, list[float]]:
+        """Log-probabilities under a slice of the ids from position `start` on, run again by it."""
+        ids = self.sequence.tokens[start:]
+        yield Rollback(start)
+        return (yield from self.run_through(ids, slice))
+
+    def adopt(self, child: Task, slice: str, *, scored: bool) -> Run:
+        """Go on as a child did: its ids are run here by a slice, its steps become this task's.
+
+        scored: whether that slice judges what it runs
+        """
+        ids = child.generated[len(self.generated) :]
+        logprobs = iter((yield from self.run_through(ids, slice)))
+        for step in child.steps[len(self.steps) :]:
+            table = [next(logprobs) for _ in step.token_ids]
+            if scored:
+                low, mean = math.exp(min(table)), math.exp(sum(table) / len(table))
+                step = replace(step, score=low, mean_score=mean, decision="accept")
+            self.steps.append(step)
+            self._announce(step.slice)
+            self.events.append(StepCommitted(step))
+        self._authors, self._logprobs = child._authors, child._logprobs
+        self.phase, self.finish_reason, self._cut = child.phase, child.finish_reason, child._cut
+        self._accepted += len(ids)
+
+    def count_drafts(self, children: Seq[Task]) -> None:
+        """Enter into the usage what children wrote, kept or not."""
+        self._drafted += sum(len(c.generated) - len(self.generated) for c in children)
+        self._draft_steps += len(children)
 
     # ---- the outcome ----
 
@@ -287,10 +328,13 @@ class Task:
                 mean_accepted=self._accepted / self._draft_steps if self._draft_steps else None,
                 passes=dict(passes),
                 bytes=dict(moved),
+                refreshed=self._refreshed,
+                refresh_seconds=self._refresh_seconds,
             ),
             seed=self.sampler.seed,
             logprobs=tuple(self._logprobs) if self.sampler.params.logprobs is not None else None,
             error=f"{type(error).__name__}: {error}" if error else None,
+            candidates=self.candidates,
         )
 
     # ---- inside ----
@@ -306,10 +350,6 @@ class Task:
         if self._step is None:
             raise PolicyError("a strategy committed tokens outside a step; call open_step() first")
         return self._step
-
-    @property
-    def _thought(self) -> int:
-        return sum(phase == "thinking" for _, phase in self._authors)
 
     def _fit(self, ids: Seq[int]) -> int:
         """How many of these ids to keep: up to and with the first that ends generation."""
@@ -370,6 +410,13 @@ class Task:
         if self.phase == "thinking":
             return text.removeprefix("<think>").strip("\n"), ""
         return "", text.strip()
+
+
+def logprobs_of(ids: Seq[int], table: Tensor) -> list[float]:
+    """Natural-log probability of each id under its row of logits [at least len(ids), V]."""
+    chosen = torch.tensor(ids, device=table.device)[:, None]
+    picked: list[float] = table[: len(ids)].log_softmax(-1).gather(1, chosen)[:, 0].tolist()
+    return picked
 
 
 def decide(policy: Policy, scores: StepScores) -> Accept | Rewrite:

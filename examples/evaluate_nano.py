@@ -2,6 +2,8 @@
 
     python examples/evaluate_nano.py [--model nano] [--size 1500] [--out nano_report.json]
 
+Stopped, it goes on with the same command.
+
 Greedy throughout, on questions that training refused; reasoning-gym grades. Ends with the tables
 of the model card.
 """
@@ -13,7 +15,9 @@ import json
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +29,8 @@ from cascade.problems import NANO_KINDS, Problem, nano_problems, stream
 from cascade.results import Result, Step
 from cascade.strategies.base import Roles, Strategy
 from cascade.strategies.single import Single
-from cascade.task import Run, Task, Verify
+from cascade.task import Task
+from cascade.verbs import Run, Verify
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -77,9 +82,15 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     evaluation = Evaluation(args.model, args.batch)
+    head = {"model": args.model, "problems": args.size, "seed": args.seed}
+    report = json.loads(args.out.read_text()) if args.out.exists() else head
+    if {k: report.get(k) for k in head} != head:
+        raise SystemExit(f"{args.out} is the report of another evaluation; give another --out")
     with evaluation.progress:
-        report = evaluation.run(args.size, args.seed)
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
+        for name, part in evaluation.parts(args.size, args.seed):
+            if name not in report:
+                report[name] = part()
+                args.out.write_text(json.dumps(report, indent=1) + "\n")
     print(markdown(report))
 
 
@@ -95,28 +106,28 @@ class Evaluation:
         self.small, self.large = self.slices[0], self.slices[-1]
         self.progress = Progress(disable=not sys.stderr.isatty())
 
-    def run(self, size: int, seed: int) -> dict[str, Any]:
+    def parts(self, size: int, seed: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+        """What is measured, by name; a report that has a part is not asked for it again."""
         problems = nano_problems(size, seed)
         prompts = [self.exact.codec.encode_prompt(p.question)[1] for p in problems]
         alone = {s: self._generate(prompts, slice=s, strategy="single") for s in self.slices}
-        report: dict[str, Any] = {
-            "problems": size,
-            "seed": seed,
-            "accuracy": {s: by_task(problems, alone[s]) for s in self.slices},
-            "new_steps": self._new_steps(max(size // 4, 6), seed + 1),
-            "handoffs": [
-                *self._half_way(problems, prompts, alone, self.small, self.large),
-                *self._half_way(problems, prompts, alone, self.large, self.small),
-                *self._half_way(problems, prompts, alone, self.slices[1], self.small),
-                *self._half_way(problems, prompts, alone, self.small, self.slices[1]),
-                *self._half_way(problems, prompts, alone, self.small, self.large, at_line=True),
-                *self._half_way(problems, prompts, alone, self.large, self.small, at_line=True),
-                *self._from_prompt(problems, prompts, alone),
-            ],
-            "scores": self._scores(problems, prompts, alone[self.small], size // 2),
-            "stepwise": self._stepwise(problems[:200]),
-        }
-        return report
+        small, medium, large = self.small, self.slices[1], self.large
+
+        def half_way(writer: str, reader: str, at_line: bool) -> Callable[[], Any]:
+            return lambda: self._half_way(problems, prompts, alone, writer, reader, at_line)
+
+        yield "accuracy", lambda: {s: by_task(problems, alone[s]) for s in self.slices}
+        yield "stepwise", lambda: self._stepwise(problems[:200])
+        for writer, reader in permutations((large, small, medium), 2):
+            yield f"at a line's end, {writer} to {reader}", half_way(writer, reader, True)
+            yield f"half-way, {writer} to {reader}", half_way(writer, reader, False)
+        for writer, reader in permutations((large, small), 2):
+            yield (
+                f"after the prompt, {writer} to {reader}",
+                partial(self._handoff, problems, prompts, prompts, writer, reader),
+            )
+        yield "scores", lambda: self._scores(problems, prompts, alone[small], size // 2)
+        yield "new_steps", lambda: self._new_steps(max(size // 4, 6), seed + 1)
 
     # ---- parts ----
 
@@ -137,8 +148,8 @@ class Evaluation:
         alone: dict[str, list[Result]],
         writer: str,
         reader: str,
-        at_line: bool = False,
-    ) -> Iterator[dict[str, Any]]:
+        at_line: bool,
+    ) -> dict[str, float]:
         """The writer writes the first half of its own reply, the reader the rest.
 
         Half-way is often inside a number, and what the writer would have written next is in its
@@ -151,27 +162,17 @@ class Evaluation:
             while at_line and head and head[-1] not in newlines:
                 head.pop()
             heads.append([*prompt, *head])
-        where = "at a line's end" if at_line else "half-way"
-        yield self._handoff(where, problems, prompts, heads, writer, reader)
-
-    def _from_prompt(
-        self,
-        problems: Sequence[Problem],
-        prompts: Sequence[list[int]],
-        alone: dict[str, list[Result]],
-    ) -> Iterator[dict[str, Any]]:
-        for writer, reader in ((self.small, self.large), (self.large, self.small)):
-            yield self._handoff("after the prompt", problems, prompts, prompts, writer, reader)
+        return self._handoff(problems, prompts, heads, writer, reader)
 
     def _handoff(
         self,
-        where: str,
         problems: Sequence[Problem],
         prompts: Sequence[list[int]],
         heads: Sequence[list[int]],
         writer: str,
         reader: str,
-    ) -> dict[str, Any]:
+    ) -> dict[str, float]:
+        """Share solved over the writer's cache, and over one recomputed by the reader."""
         solved = {}
         for name, author in (("shared", writer), ("recomputed", reader)):
             strategy = Handoff(writer=author, reader=reader)
@@ -181,7 +182,7 @@ class Evaluation:
                 for prompt, head, tail in zip(prompts, heads, tails, strict=True)
             ]
             solved[name] = mean(p.score(a) == 1 for p, a in zip(problems, answers, strict=True))
-        return {"where": where, "writer": writer, "reader": reader} | solved
+        return solved
 
     def _scores(
         self,
@@ -287,8 +288,11 @@ def with_new_steps(size: int, seed: int) -> Iterator[Problem]:
 
 
 def trace_of(problem: Problem) -> Trace:
-    """The exact solution; none for an equation that anything solves, `0 = 0`."""
-    return Trace() if problem.question.endswith(": 0 = 0") else solve(problem.question)
+    """The exact solution; none for what has no steps: `0 = 0`, or a number without digits."""
+    try:
+        return Trace() if problem.question.endswith(": 0 = 0") else solve(problem.question)
+    except ValueError:
+        return Trace()
 
 
 def is_right(step: Step, line: str) -> bool:
@@ -339,11 +343,10 @@ def markdown(report: dict[str, Any]) -> str:
         "| handoff | writer | reader | shared cache | recomputed |",
         "|---|---|---|--:|--:|",
     ]
-    for h in report["handoffs"]:
-        lines.append(
-            f"| {h['where']} | {h['writer']} | {h['reader']} "
-            f"| {100 * h['shared']:.1f} | {100 * h['recomputed']:.1f} |"
-        )
+    for name, h in report.items():
+        if " to " in name:
+            cells = name.replace(", ", " | ").replace(" to ", " | ")
+            lines.append(f"| {cells} | {100 * h['shared']:.1f} | {100 * h['recomputed']:.1f} |")
     lines += ["", "Large's score of small's steps", ""]
     lines += [
         "| cache | steps | wrong | AUROC mean | AUROC min | wrong caught | right rejected |",

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from cascade.errors import RequestError, unknown
 from cascade.strategies.base import Strategy
+from cascade.strategies.budget import Budget
+from cascade.strategies.explore import Explore
 from cascade.strategies.single import Single
 from cascade.strategies.stepwise import Stepwise
 
-STRATEGIES: dict[str, type[Strategy]] = {"single": Single, "stepwise": Stepwise}
+STRATEGIES: dict[str, type[Strategy]] = {
+    "single": Single,
+    "stepwise": Stepwise,
+    "budget": Budget,
+    "explore": Explore,
+}
 
-__all__ = ["STRATEGIES", "Single", "Stepwise", "Strategy", "resolve"]
+__all__ = ["STRATEGIES", "Budget", "Explore", "Single", "Stepwise", "Strategy", "resolve"]
 
 
 def resolve(strategy: str | Strategy) -> Strategy:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ConfigDict
 
 from cascade.policies import Policy
-from cascade.task import Run, Task
+from cascade.task import Task
+from cascade.verbs import Run
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,11 @@ class Strategy(BaseModel, ABC):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @property
+    def slots(self) -> int:
+        """Slots of the cache that one request would use at once."""
+        return 1
 
     @abstractmethod
     def run(self, task: Task, roles: Roles) -> Run:

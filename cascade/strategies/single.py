@@ -7,7 +7,8 @@ from typing import Annotated
 from pydantic import Field
 
 from cascade.strategies.base import Roles, Strategy
-from cascade.task import Run, Task
+from cascade.task import Task
+from cascade.verbs import Run
 
 
 class Single(Strategy):

@@ -8,7 +8,8 @@ from pydantic import Field, SerializeAsAny
 
 from cascade.policies import Policy, Rewrite
 from cascade.strategies.base import Roles, Strategy
-from cascade.task import Run, Task, Verify, decide
+from cascade.task import Task, decide
+from cascade.verbs import Run, Verify
 
 
 class Stepwise(Strategy):
