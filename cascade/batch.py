@@ -23,6 +23,7 @@ from cascade.passes import (
     fold_resident,
     is_stale,
     repair,
+    repair_last,
     repair_start,
     restoring,
     run,
@@ -225,11 +226,15 @@ class Batch:
             raise
         return forks
 
-    def refresh(self, slice: str) -> list[int]:
+    def refresh(self, slice: str, last: int | None = None) -> list[int]:
         """Re-run what a slice did not write; returns how many tokens. See Sequence.refresh."""
         writer = self.model.slice_index(slice)
+        if last is not None and (isinstance(last, bool) or not isinstance(last, int) or last < 1):
+            raise RequestError(f"last={last!r} must be a number of tokens, at least 1")
         settle(self.sequences)
         stale = [s for s in self.sequences if is_stale(s, writer)]
+        if last is not None:
+            return self._refresh_last(stale, writer, last)
         starts = [repair_start(s, writer) if s in stale else None for s in self.sequences]
         with restoring(self.sequences, starts):
             counts = dict(zip(stale, repair(stale, writer), strict=True))
@@ -238,6 +243,18 @@ class Batch:
             return [counts.get(s, 0) for s in self.sequences]
 
     # ---- pieces of the verbs ----
+
+    def _refresh_last(self, stale: list[Sequence], writer: int, last: int) -> list[int]:
+        begins = {s: max(s.slot.exact_length(writer), s.length - 1 - last) for s in stale}
+        starts = [
+            self.cache.rewind_target(s.slot, begins[s]) if s in begins else None
+            for s in self.sequences
+        ]
+        with restoring(self.sequences, starts):
+            counts = {s: repair_last(s, writer, begin) for s, begin in begins.items()}
+            for sequence in self.sequences:
+                sequence.drop_draft()
+            return [counts.get(s, 0) for s in self.sequences]
 
     def _next_rows(self, active: list[int], slice: str, writer: int) -> list[Tensor]:
         """Logits [V] after the last drafted (or committed) id of each active row."""

@@ -107,6 +107,20 @@ def repair(sequences: Seq[Sequence], writer: int) -> list[int]:
     return [len(ids) for ids in stale]
 
 
+def repair_last(sequence: Sequence, writer: int, start: int) -> int:
+    """Re-run tokens from `start` on, but the last one, over the cache before them as it is.
+
+    Returns the tokens re-run. The caller must be ready to restore the slot from the rewind on.
+    """
+    slot = sequence.slot
+    sequence.cache.rewind(slot, start)
+    rebuild(sequence, start)
+    sequence._rows, slot.tail = [], writer
+    ids = sequence._tokens[start : sequence.length - 1]
+    run_committed([sequence], [ids], writer)
+    return len(ids)
+
+
 def is_stale(sequence: Sequence, writer: int) -> bool:
     """Does the cache hold anything that `writer` alone would not have written?"""
     return sequence.slot.exact_length(writer) < sequence.slot.folded

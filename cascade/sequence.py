@@ -207,13 +207,18 @@ class Sequence:
                 fork.close()
             raise
 
-    def refresh(self, slice: str) -> int:
+    def refresh(self, slice: str, last: int | None = None) -> int:
         """Re-run what `slice` did not write, and return how many tokens that were.
 
         Restarts from the newest stored state whose prefix is exact for that slice; afterwards the
         cache is what the slice alone would hold. Drafted ids are dropped.
+
+        last: re-run at most so many of the last tokens, over the cache before them as it is. That
+              repairs their K and V as far as they do not depend on what came before, and nothing
+              else: earlier K and V, and all that the windows and states have taken in from
+              earlier tokens, stay the other slice's. Sound where slices read each other's cache.
         """
-        return Batch([self]).refresh(slice)[0]
+        return Batch([self]).refresh(slice, last)[0]
 
     def audit(self, slice: str, *, tolerance: float | None = None) -> AuditReport:
         """Compare the cache with a from-scratch prefill of the committed tokens under `slice`."""

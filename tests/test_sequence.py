@@ -559,6 +559,38 @@ def test_refresh_re_runs_what_is_stale_and_no_more(model: ElasticModel, cache: C
         assert seq.refresh("small") == 13 and seq.audit("small").ok
 
 
+@pytest.mark.parametrize("last", [1, 2, 5])
+def test_a_refresh_of_the_last_tokens_leaves_everything_before_them(
+    model: ElasticModel, cache: Cache, last: int
+) -> None:
+    with (
+        model.sequence(cache=cache, consistency="shared") as seq,
+        model.sequence(cache=cache, consistency="shared") as other,
+    ):
+        seq.append(PROMPT, "small")
+        row, kept = seq.slot.index, len(PROMPT) - 1 - last
+        earlier = cache.keys[:, row, :kept].clone()
+        assert seq.refresh("large", last=last) == last
+        assert seq.provenance == ["small"] * kept + ["large"] * (last + 1)
+        assert torch.allclose(cache.keys[:, row, :kept], earlier, atol=1e-6)
+        # The rest is what the large slice writes behind tokens of the small one.
+        other.append(PROMPT[: kept + 1], "small")
+        other.append(PROMPT[kept + 1 :], "large")
+        end = len(PROMPT) - 1  # the last token enters with the next pass
+        for part in (cache.keys[:, :, :end], cache.values[:, :, :end], cache.state, cache.window):
+            difference = part[:, row] - part[:, other.slot.index]
+            assert float(difference.abs().max()) < 1e-5
+        assert not seq.audit("large").ok
+        assert seq.refresh("large", last=50) == kept and seq.audit("large").ok
+
+
+@pytest.mark.parametrize("last", [0, -1, True, 2.0])
+def test_a_refresh_of_no_tokens_is_refused(seq: Sequence, last: Any) -> None:
+    seq.append(PROMPT, "small")
+    with pytest.raises(RequestError, match="at least 1"):
+        seq.refresh("large", last=last)
+
+
 def test_provenance_names_a_slice_given_by_its_widths(seq: Sequence) -> None:
     seq.append(PROMPT, "24x16")
     seq.draft(1, "large")
