@@ -81,8 +81,12 @@ def random_model(
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
     backend: Any = "auto",
+    pattern: str | None = None,
 ) -> ElasticModel:
-    """A model of a named shape, weights drawn on the device. Raises RequestError for a new name."""
+    """A model of a named shape, weights drawn on the device. Raises RequestError for a new name.
+
+    pattern: other layers than the shape's own, by letter (`M`, `E`, `*`)
+    """
     from transformers import NemotronHConfig
 
     from cascade.model import ElasticModel
@@ -90,7 +94,10 @@ def random_model(
 
     if shape not in SHAPES:
         raise RequestError(unknown("shape", shape, SHAPES))
-    config = NemotronHConfig(**SHAPES[shape]["config"])
+    settings = dict(SHAPES[shape]["config"])
+    if pattern is not None:
+        settings["hybrid_override_pattern"] = pattern
+    config = NemotronHConfig(**settings)
     weights = _Drawer(config, torch.device(device), dtype, seed).model()
     slices = resolve_slices(config, SHAPES[shape]["slices"], None)
     return ElasticModel(config, weights, slices, name=f"random {shape}", backend=backend)

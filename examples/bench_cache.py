@@ -47,10 +47,10 @@ def main() -> None:
     bandwidth = timer.copy_bandwidth()
     print(f"device {timer.name}, copy bandwidth {bandwidth / 1e12:.2f} TB/s", flush=True)
 
+    check(args.shape, args.device)
     began = time.perf_counter()
     model = random_model(args.shape, device=args.device)
     print(f"{model!r} in {time.perf_counter() - began:.0f} s", flush=True)
-    check(model)
 
     figures = [
         resident(model),
@@ -121,8 +121,13 @@ def prompt(model: ElasticModel, length: int, seed: int) -> list[int]:
     return torch.randint(0, model.arch.vocab_size, (length,), generator=generator).tolist()
 
 
-def check(model: ElasticModel) -> None:
-    """No figures on a red test: the cache after draft, verify, commit must survive an audit."""
+def check(shape: str, device: str) -> None:
+    """No figures on a red test: the cache after draft, verify, commit must survive an audit.
+
+    In fp32, with a few layers of the full widths: in bf16 a rounding that differs sends tokens of
+    a deep random model to other experts, and nothing can be compared.
+    """
+    model = random_model(shape, device=device, dtype=torch.float32, pattern="MEM*EM")
     small, large = model.smallest, model.largest
     cache = model.cache(max_batch=2, max_length=256, max_draft=16)
     with model.sequence(cache=cache) as sequence:
@@ -131,8 +136,8 @@ def check(model: ElasticModel) -> None:
             sequence.draft(8, small)
             sequence.verify(large)
             sequence.commit(kept)
-        report = sequence.audit(large, tolerance=0.1)
-    print(f"audit: largest relative deviation {report.max_relative_error:.2g} (bf16)", flush=True)
+        report = sequence.audit(large, tolerance=1e-4)
+    print(f"audit, fp32: largest relative deviation {report.max_relative_error:.2g}", flush=True)
     if not report.ok:
         sys.exit("the cache is not consistent; no figures")
 
