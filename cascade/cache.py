@@ -208,11 +208,9 @@ class Cache:
             self._book(fold)
 
     def _fold(self, folds: list[Fold], journal: Journal) -> None:
-        rows = self.index([fold.slot.index for fold in folds])
-        sources = self.index([fold.source for fold in folds])
-        counts = self.index([fold.count for fold in folds])
-        starts = self.index([fold.slot.folded for fold in folds])
-        writers = self.index([fold.writer for fold in folds]).to(torch.int8)
+        rows, sources, counts, starts, writers = self.index(
+            *((f.slot.index, f.source, f.count, f.slot.folded, f.writer) for f in folds)
+        )
         if any(fold.count for fold in folds):
             self.kernels.ssm_commit(
                 self.state, journal.scanned, journal.dt, self.decay, rows, sources, counts
@@ -221,11 +219,12 @@ class Cache:
         self.kernels.provenance_stamp(self.provenance, rows, starts, counts, writers)
         moved = [f for f in folds if f.keep and (f.count or journal is not self.journal)]
         if moved:
-            rows = self.index([fold.slot.index for fold in moved])
-            sources = self.index([fold.source for fold in moved])
-            entries = self.index([fold.count for fold in moved])
-            for target, source in zip(self.journal.tensors(), journal.tensors(), strict=True):
-                self.kernels.journal_keep(target, source, rows, sources, entries)
+            if len(moved) < len(folds):
+                rows, sources, counts = self.index(
+                    *((f.slot.index, f.source, f.count) for f in moved)
+                )
+            parts = self.journal.tensors(), journal.tensors()
+            self.kernels.journal_keep(*parts, rows, sources, counts)
 
     def _book(self, fold: Fold) -> None:
         slot = fold.slot
@@ -305,20 +304,28 @@ class Cache:
 
     def copy(self, source: Slot, targets: list[Slot], length: int) -> None:
         """Fork: the first `length` positions and everything of `source`, into fresh slots."""
-        rows = self.index([slot.index for slot in targets])
+        (rows,) = self.index(*((slot.index,) for slot in targets))
         self.kernels.fork_copy(
             self.keys, self.values, self.window, self.state, source.index, rows, length
         )
         self.provenance[rows] = self.provenance[source.index].clone()
         if source.entries:
             origin = torch.full_like(rows, source.index)
-            for part in self.journal.tensors():
-                self.kernels.journal_keep(part, part, rows, origin, torch.zeros_like(rows))
+            parts = self.journal.tensors()
+            self.kernels.journal_keep(parts, parts, rows, origin, torch.zeros_like(rows))
         for slot in targets:
             slot.folded, slot.entries = source.folded, min(source.entries, 1)
             slot.entry_slice, slot.tail = source.entry_slice, source.tail
             slot.pure, slot.pure_length = source.pure, source.pure_length
             slot.snapshot = source.snapshot
 
-    def index(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+    def index(self, *rows: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """The columns of a table of numbers, int64 on the device, by a copy that waits for nothing.
+
+        The host's memory is pinned, and torch keeps it until the copy is done.
+        """
+        columns = list(zip(*rows, strict=True))
+        if self.device.type != "cuda":
+            return torch.tensor(columns, dtype=torch.int64, device=self.device).unbind()
+        table = torch.tensor(columns, dtype=torch.int64, pin_memory=True)
+        return table.to(self.device, non_blocking=True).unbind()

@@ -67,7 +67,7 @@ class Slots:
         self.decay = -torch.rand(layers, HEADS, device="cuda") * 8
         self.rows, self.counts = torch.arange(rows, device="cuda"), full(rows, DRAFTED)
         self.starts, self.after = full(rows, 64), full(rows, DRAFTED + 1)
-        self.writers = torch.ones(rows, device="cuda", dtype=torch.int8)
+        self.writers = full(rows, 1)
 
     def ssm(self, k: ModuleType = kernels) -> None:
         rows, counts = self.rows, self.counts
@@ -77,8 +77,8 @@ class Slots:
         k.conv_commit(self.window, self.inputs, self.rows, self.rows, self.counts)
 
     def keep(self, k: ModuleType = kernels) -> None:
-        for part in (self.inputs, self.scanned, self.dt):
-            k.journal_keep(part, part, self.rows, self.rows, self.counts)
+        parts = self.inputs, self.scanned, self.dt
+        k.journal_keep(parts, parts, self.rows, self.rows, self.counts)
 
     def stamp(self, k: ModuleType = kernels) -> None:
         k.provenance_stamp(self.provenance, self.rows, self.starts, self.after, self.writers)

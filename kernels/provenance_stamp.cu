@@ -5,7 +5,7 @@ struct Arguments {
     const long long* rows;
     const long long* starts;
     const long long* counts;
-    const signed char* writers;
+    const long long* writers;
     long long slots, positions;
 };
 
@@ -14,7 +14,7 @@ extern "C" __global__ void __launch_bounds__(128) stamp(const Arguments a) {
     const long long slot = a.rows[blockIdx.y], start = a.starts[blockIdx.y];
     if (slot < 0 || slot >= a.slots) return;
     const long long end = min(start + a.counts[blockIdx.y], a.positions);
-    const signed char writer = a.writers[blockIdx.y];
+    const signed char writer = (signed char)a.writers[blockIdx.y];
     signed char* const row = a.provenance + slot * a.positions;
     const long long first = max(start, 0ll) + (long long)blockIdx.x * blockDim.x + threadIdx.x;
     for (long long at = first; at < end; at += (long long)gridDim.x * blockDim.x) row[at] = writer;

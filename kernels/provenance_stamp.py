@@ -29,7 +29,7 @@ def provenance_stamp(
         checks.index("rows", rows, number),
         checks.index("starts", starts, number),
         checks.index("counts", counts, number),
-        checks.array("writers", writers, _INT8, (number,)),
+        checks.index("writers", writers, number),
     )
     device = checks.one_gpu(provenance, rows, starts, counts, writers)
     if not (number and positions):

@@ -8,6 +8,8 @@ one call are distinct.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -74,13 +76,19 @@ def conv_commit(
 
 
 def journal_keep(
-    target: Tensor, journal: Tensor, rows: Tensor, sources: Tensor, entries: Tensor
+    targets: Sequence[Tensor],
+    journals: Sequence[Tensor],
+    rows: Tensor,
+    sources: Tensor,
+    entries: Tensor,
 ) -> None:
-    """Copy journal entry `entries[r]` of row `sources[r]` to entry 0 of `target`'s row `rows[r]`.
+    """Copy entry `entries[r]` of journal row `sources[r]` to entry 0 of the target's row `rows[r]`.
 
-    target: [L, S, J, X]; journal: [L, S', J', X], possibly the same tensor.
+    targets: the parts of a journal, each [L, S, J, X] with an X of its own
+    journals: as many, [L, S', J', X], possibly the same tensors
     """
-    target[:, rows, 0] = journal[:, sources, entries]
+    for target, journal in zip(targets, journals, strict=True):
+        target[:, rows, 0] = journal[:, sources, entries]
 
 
 def kv_compact(keys: Tensor, values: Tensor, rows: Tensor, starts: Tensor, kept: Tensor) -> None:
@@ -121,11 +129,11 @@ def provenance_stamp(
     """Record the writer of positions `[starts[r], starts[r] + counts[r])`.
 
     provenance: [S, M] int8, index of the slice that wrote a position, -1 where none did
-    writers:    [R] int8
+    writers:    [R] slice numbers
     """
     position = torch.arange(provenance.shape[1], device=provenance.device)
     inside = (position >= starts[:, None]) & (position < (starts + counts)[:, None])
-    provenance[rows] = torch.where(inside, writers[:, None], provenance[rows])
+    provenance[rows] = torch.where(inside, writers[:, None].to(provenance.dtype), provenance[rows])
 
 
 def cache_digest(

@@ -40,7 +40,7 @@ SLICES = ("small", "medium", "large")
 TOLERANCE = 1e-4
 SLOTS, LENGTH, DRAFT = 5, 40, 6
 
-# Kernel calls until one raises. A pass makes about 15, a fold 6.
+# Kernel calls until one raises. A pass makes about 15, a fold 4.
 FAULTS = st.none() | st.none() | st.integers(0, 6) | st.integers(0, 40)
 
 slices = st.sampled_from(SLICES)
@@ -364,8 +364,7 @@ def digests(cache: Cache, rows: list[Shadow]) -> dict[int, list[int]]:
     if not rows:
         return {}
     slots = [row.sequence.slot for row in rows]
-    index = cache.index([slot.index for slot in slots])
-    lengths = cache.index([slot.folded for slot in slots])
+    index, lengths = cache.index(*((slot.index, slot.folded) for slot in slots))
     parts = cache_digest(cache.keys, cache.values, cache.window, cache.state, index, lengths)
     table = torch.cat([part.transpose(0, 1).flatten(1) for part in parts], 1).tolist()
     return {slot.index: row for slot, row in zip(slots, table, strict=True)}
@@ -375,6 +374,13 @@ def test_every_verb_keeps_the_cache_consistent_in_every_mode(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run(elastic(parent("M*E*M")), monkeypatch)
+
+
+@pytest.mark.gpu
+def test_the_cuda_kernels_keep_it_consistent_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = elastic(parent("M*E*M").cuda())
+    assert model.kernels.__name__ == "cascade.kernels.cuda"
+    run(model, monkeypatch)
 
 
 def run(model: ElasticModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,16 +131,35 @@ def test_journal_keep(cuda: ModuleType, dtype: torch.dtype, channels: int, numbe
     sources = torch.randperm(number + 2, device=device)[:number]
     entries = torch.randint(0, 5, (number,), device=device)
     wanted = target.clone()
-    reference.journal_keep(wanted, journal, rows, sources, entries)
-    cuda.journal_keep(target, journal, rows, sources, entries)
+    reference.journal_keep([wanted], [journal], rows, sources, entries)
+    cuda.journal_keep([target], [journal], rows, sources, entries)
     assert same_bits(target, wanted)
 
     same = journal.clone()  # a resident journal: every row moves its own entry
     own = torch.randperm(number + 2, device=device)[:number]
     wanted = same.clone()
-    reference.journal_keep(wanted, wanted.clone(), own, own, entries)
-    cuda.journal_keep(same, same, own, own, entries)
+    reference.journal_keep([wanted], [wanted.clone()], own, own, entries)
+    cuda.journal_keep([same], [same], own, own, entries)
     assert same_bits(same, wanted)
+
+
+@pytest.mark.parametrize("number", [1, 3, 17])
+@pytest.mark.parametrize("channels", [(6144, 5120, 64), (7, 64, 1), (2, 6, 8)])
+def test_journal_keep_moves_all_parts_at_once(
+    cuda: ModuleType, channels: tuple[int, int, int], number: int
+) -> None:
+    journal = [
+        torch.randn(3, number, 5, width, device="cuda").to(dtype)
+        for width, dtype in zip(channels, (BF16, BF16, F32), strict=True)
+    ]
+    targets = [torch.full_like(part, math.nan) for part in journal]
+    wanted = [part.clone() for part in targets]
+    rows = torch.randperm(number, device="cuda")
+    entries = torch.randint(0, 5, (number,), device="cuda")
+    reference.journal_keep(wanted, journal, rows, rows.flip(0), entries)
+    cuda.journal_keep(targets, journal, rows, rows.flip(0), entries)
+    for part, other in zip(targets, wanted, strict=True):
+        assert same_bits(part, other)
 
 
 @pytest.mark.parametrize(("number", "positions"), [(1, 1), (3, 63), (17, 64), (3, 65), (17, 5000)])
@@ -150,7 +169,7 @@ def test_provenance_stamp(cuda: ModuleType, number: int, positions: int) -> None
     starts = torch.randint(0, positions + 1, (number,), device="cuda")
     counts = torch.randint(0, positions + 2, (number,), device="cuda")  # some reach past the end
     counts[0] = 0 if number > 1 else positions
-    writers = torch.randint(0, 5, (number,), device="cuda", dtype=torch.int8)
+    writers = torch.randint(0, 5, (number,), device="cuda")
     wanted = provenance.clone()
     reference.provenance_stamp(wanted, rows, starts, counts, writers)
     cuda.provenance_stamp(provenance, rows, starts, counts, writers)
@@ -172,8 +191,8 @@ def test_rows_outside_of_the_cache_are_left_out(cuda: ModuleType) -> None:
     cuda.ssm_commit(state, scanned, dt, decay, bad, ones - 1, ones)
     cuda.ssm_commit(state, scanned, dt, decay, torch.arange(2, device="cuda"), bad, ones)
     cuda.conv_commit(window, inputs, bad, ones, ones)
-    cuda.provenance_stamp(provenance, bad, ones, ones, ones.to(torch.int8))
-    cuda.journal_keep(inputs, inputs, bad, ones, ones)
+    cuda.provenance_stamp(provenance, bad, ones, ones, ones)
+    cuda.journal_keep([inputs], [inputs], bad, ones, ones)
     for part, old in zip((state, window, provenance, inputs), before, strict=True):
         assert same_bits(part, old)
 

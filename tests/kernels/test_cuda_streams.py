@@ -34,7 +34,7 @@ class World:
         self.counts = torch.tensor([8, 0, 5], device="cuda")
         self.starts = torch.tensor([0, 10, 70], device="cuda")
         self.kept = torch.tensor([[1, 3, 4], [0, -1, -1], [2, 8, -1]], device="cuda")
-        self.writers = torch.tensor([0, 1, 2], device="cuda", dtype=torch.int8)
+        self.writers = torch.tensor([0, 1, 2], device="cuda")
         self.target = torch.randn(3, 4, 2000, device="cuda").softmax(-1)
         self.draft = torch.randn(3, 3, 2000, device="cuda").softmax(-1)
         self.ids = torch.randint(2000, (3, 3), device="cuda")
@@ -47,7 +47,7 @@ class World:
         rows, counts = self.rows, self.counts
         kernels.ssm_commit(self.state, self.scanned, self.dt, self.decay, rows, rows, counts)
         kernels.conv_commit(self.window, self.inputs, rows, rows, counts)
-        kernels.journal_keep(self.scanned, self.scanned, rows, rows, counts)
+        kernels.journal_keep([self.scanned], [self.scanned], rows, rows, counts)
         kernels.kv_compact(self.keys, self.values, rows, self.starts, self.kept)
         kernels.provenance_stamp(self.provenance, rows, self.starts, counts, self.writers)
         kernels.fork_copy(self.keys, self.values, self.window, self.state, 3, self.forks, 20)

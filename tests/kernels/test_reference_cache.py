@@ -86,7 +86,7 @@ def test_journal_keep_moves_one_entry() -> None:
     target, journal = torch.randn(2, 4, 3, 5), torch.randn(2, 2, 6, 5)
     wanted = target.clone()
     wanted[:, 3, 0], wanted[:, 1, 0] = journal[:, 0, 5], journal[:, 1, 0]
-    reference.journal_keep(target, journal, index([3, 1]), index([0, 1]), index([5, 0]))
+    reference.journal_keep([target], [journal], index([3, 1]), index([0, 1]), index([5, 0]))
     assert torch.equal(target, wanted)
 
 
@@ -132,7 +132,7 @@ def test_fork_copy_copies_the_prefix_and_the_whole_state() -> None:
 @pytest.mark.parametrize(("start", "count"), [(0, 3), (2, 0), (5, 9), (8, 1)])
 def test_provenance_stamp_marks_a_span_and_no_more(start: int, count: int) -> None:
     provenance = torch.full((3, 8), -1, dtype=torch.int8)
-    writers = torch.tensor([4], dtype=torch.int8)
+    writers = index([4])
     reference.provenance_stamp(provenance, index([1]), index([start]), index([count]), writers)
     marked = [4 if start <= m < start + count else -1 for m in range(8)]
     assert provenance.tolist() == [[-1] * 8, marked, [-1] * 8]
