@@ -17,6 +17,7 @@ tokens" are about the first n - 1 of them; the last one enters with the next pas
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 
@@ -141,6 +142,9 @@ class Cache:
     provenance: Tensor = field(init=False, repr=False)
     journal: Journal = field(init=False, repr=False)
     _free: list[int] = field(init=False, repr=False)
+    _graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = field(
+        init=False, repr=False, default_factory=dict
+    )
 
     @torch.inference_mode(False)  # a cache may outlive the block that opened it
     def __post_init__(self) -> None:
@@ -208,23 +212,52 @@ class Cache:
             self._book(fold)
 
     def _fold(self, folds: list[Fold], journal: Journal) -> None:
-        rows, sources, counts, starts, writers = self.index(
-            *((f.slot.index, f.source, f.count, f.slot.folded, f.writer) for f in folds)
-        )
+        numbers = [(f.slot.index, f.source, f.count, f.slot.folded, f.writer) for f in folds]
+        resident = journal is self.journal
+        if resident and self.kernels.CAPTURABLE and all(f.keep and f.count for f in folds):
+            self._replay(numbers)
+            return
+        rows, sources, counts, starts, writers = self.index(*numbers)
         if any(fold.count for fold in folds):
-            self.kernels.ssm_commit(
-                self.state, journal.scanned, journal.dt, self.decay, rows, sources, counts
-            )
-            self.kernels.conv_commit(self.window, journal.inputs, rows, sources, counts)
+            self._advance(journal, rows, sources, counts)
         self.kernels.provenance_stamp(self.provenance, rows, starts, counts, writers)
-        moved = [f for f in folds if f.keep and (f.count or journal is not self.journal)]
+        moved = [f for f in folds if f.keep and (f.count or not resident)]
         if moved:
             if len(moved) < len(folds):
                 rows, sources, counts = self.index(
                     *((f.slot.index, f.source, f.count) for f in moved)
                 )
-            parts = self.journal.tensors(), journal.tensors()
-            self.kernels.journal_keep(*parts, rows, sources, counts)
+            self.kernels.journal_keep(
+                self.journal.tensors(), journal.tensors(), rows, sources, counts
+            )
+
+    def _advance(self, journal: Journal, rows: Tensor, sources: Tensor, counts: Tensor) -> None:
+        self.kernels.ssm_commit(
+            self.state, journal.scanned, journal.dt, self.decay, rows, sources, counts
+        )
+        self.kernels.conv_commit(self.window, journal.inputs, rows, sources, counts)
+
+    def _replay(self, numbers: Sequence[tuple[int, ...]]) -> None:
+        """The usual commit, every row of the resident journal, as one CUDA graph a row count."""
+        known = self._graphs.get(len(numbers))
+        if known is not None:
+            graph, table = known
+            table.copy_(_pinned(numbers), non_blocking=True)
+            graph.replay()
+            return
+        table = _pinned(numbers).to(self.device)
+        self._launch(table)  # compiles what is missing; and this commit is done
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._launch(table)
+        self._graphs[len(numbers)] = graph, table
+
+    def _launch(self, table: Tensor) -> None:
+        rows, sources, counts, starts, writers = table.unbind()
+        self._advance(self.journal, rows, sources, counts)
+        self.kernels.provenance_stamp(self.provenance, rows, starts, counts, writers)
+        parts = self.journal.tensors()
+        self.kernels.journal_keep(parts, parts, rows, sources, counts)
 
     def _book(self, fold: Fold) -> None:
         slot = fold.slot
@@ -320,12 +353,12 @@ class Cache:
             slot.snapshot = source.snapshot
 
     def index(self, *rows: tuple[int, ...]) -> tuple[Tensor, ...]:
-        """The columns of a table of numbers, int64 on the device, by a copy that waits for nothing.
+        """The columns of a table of numbers, int64 on the device, by one copy."""
+        if self.device.type == "cuda":
+            return _pinned(rows).to(self.device, non_blocking=True).unbind()
+        return torch.tensor(rows, dtype=torch.int64, device=self.device).T.contiguous().unbind()
 
-        The host's memory is pinned, and torch keeps it until the copy is done.
-        """
-        columns = list(zip(*rows, strict=True))
-        if self.device.type != "cuda":
-            return torch.tensor(columns, dtype=torch.int64, device=self.device).unbind()
-        table = torch.tensor(columns, dtype=torch.int64, pin_memory=True)
-        return table.to(self.device, non_blocking=True).unbind()
+
+def _pinned(rows: Iterable[tuple[int, ...]]) -> Tensor:
+    """The columns [k, R] of a table in pinned memory, which torch keeps until a copy is done."""
+    return torch.tensor(list(zip(*rows, strict=True)), dtype=torch.int64, pin_memory=True)

@@ -30,7 +30,10 @@ from cascade.kernels.reference import (
 )
 from cascade.kernels.ssm_commit import ssm_commit
 
+CAPTURABLE = True  # the cache's functions may be captured into a CUDA graph
+
 __all__ = [
+    "CAPTURABLE",
     "KernelArgumentError",
     "accept_resample",
     "attention",

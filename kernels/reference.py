@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+CAPTURABLE = False  # some functions read numbers back to the host
 GOLDEN = -7046029254386353131  # 2**64 / golden ratio, as a signed 64-bit integer
 SCAN_CHUNK = 128
 GATHER_LIMIT = 8  # (token, expert) pairs up to which experts are gathered rather than looped

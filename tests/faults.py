@@ -30,6 +30,8 @@ class FaultyKernels:
     calls: names of the kernels called since `record`
     """
 
+    CAPTURABLE = False  # a kernel in a graph would not raise
+
     def __init__(self, kernels: ModuleType) -> None:
         self._kernels = kernels
         self.calls: list[str] = []
