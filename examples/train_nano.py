@@ -41,6 +41,8 @@ PRESETS: dict[str, tuple[Sizes, dict[str, Widths]]] = {
 }
 MIX_FROM = 0.3  # share of the time after which rows have caches of mixed owners
 MIXED_ROWS = 0.6
+TAKEN_OVER = 8  # tokens after another slice's ones that count more in the loss: they are harder
+TAKEN_OVER_WEIGHT = 2.0
 COOL_FROM = 0.4  # share of the time after which the learning rate falls linearly to zero
 WARM_STEPS = 100
 END_SECONDS = 8  # to write the files
@@ -251,7 +253,8 @@ def train(trainer: Trainer, source: Iterator[Rows], seconds: float, out: Path) -
 def owners(ids: Tensor, document: Tensor, reply: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """Who of the pair owns each token's cache entry, [B, T] in {0, 1}, and which rows are mixed.
 
-    Switches anywhere, rarely to often, at line ends, or between prompt and reply. Most are inside
+    A third of the rows hands each document over once, anywhere in its reply. The others switch
+    anywhere, rarely to often, at line ends, or between prompt and reply. Most switches are inside
     a number: there the rest of it has to be found over what another slice had in mind.
     """
     rows, length = ids.shape
@@ -261,20 +264,40 @@ def owners(ids: Tensor, document: Tensor, reply: Tensor, share: float) -> tuple[
     after_line = F.pad(ids[:, :-1] == vocabulary.IDS["\n"], (1, 0)) & reply
     reply_begins = reply & ~F.pad(reply[:, :-1], (1, 0))
     begins = document != F.pad(document[:, :-1], (1, 0))
-    anywhere = torch.where(pattern < 0.35, 1 / 8, torch.where(pattern < 0.7, 1 / 24, 1 / 80))
+    anywhere = torch.where(pattern < 0.2, 1 / 8, torch.where(pattern < 0.45, 1 / 24, 1 / 80))
     switches = torch.where(
-        pattern < 0.75,
+        pattern < 0.5,
         chance < anywhere,
         torch.where(
-            pattern < 0.9,
+            pattern < 0.6,
             after_line & (chance < 0.5),
             reply_begins | (begins & (chance < 0.5)),
         ),
     )
     start = torch.randint(0, 2, (rows, 1), device=device)
     owner = (start + switches.long().cumsum(1)) % 2
+    once = (start + handed_over(document, reply, chance).long()) % 2
+    owner = torch.where(pattern < 0.65, owner, once)
     mixed = torch.rand(rows, 1, device=device) < share
     return owner, mixed.expand(rows, length)
+
+
+def handed_over(document: Tensor, reply: Tensor, chance: Tensor) -> Tensor:
+    """Tokens [B, T] bool after one place of each document's reply, drawn evenly."""
+    last = int(document.max()) + 1
+    drawn = torch.where(reply, chance, 0.0)
+    top = torch.zeros(len(document), last, device=document.device)
+    top = top.scatter_reduce(1, document, drawn, "amax")
+    place = reply & (drawn == top.gather(1, document))  # one token of each document
+    count = place.long().cumsum(1)
+    before = (count - place.long()).masked_fill(document == F.pad(document[:, :-1], (1, 0)), 0)
+    return count > before.cummax(1).values
+
+
+def taken_over(foreign: Tensor) -> Tensor:
+    """Weight [B, T] of each token's loss: more for the first that follow the other's tokens."""
+    recent = F.max_pool1d(F.pad(foreign.float(), (TAKEN_OVER, 0))[:, None], TAKEN_OVER + 1, 1)
+    return 1 + (TAKEN_OVER_WEIGHT - 1) * recent[:, 0]
 
 
 def pair_loss(
@@ -292,7 +315,7 @@ def pair_loss(
     large, small = large[:, :-1].float(), small[:, :-1].float()
     losses = []
     for logits, other in ((large, foreign[0]), (small, foreign[1])):
-        mask = (counted & ~other[:, :-1]).float()
+        mask = (counted & ~other[:, :-1]).float() * taken_over(other)[:, :-1]
         each = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
         losses.append((each.view_as(mask) * mask, mask))
     plain = (counted & ~mixed[:, :-1]).float()
