@@ -37,7 +37,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from nano.traces import Trace, held_out_step, solve
 
 SEED = 90210
-CHUNK = 96
 
 
 class Handoff(Strategy):
@@ -78,10 +77,11 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=1500, help="held-out problems")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--dtype", default="auto", help="float32 for a CPU's figures on a GPU")
     parser.add_argument("--out", type=Path, default=Path("nano_report.json"))
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    evaluation = Evaluation(args.model, args.batch)
+    evaluation = Evaluation(args.model, args.batch, args.dtype)
     head = {"model": args.model, "problems": args.size, "seed": args.seed}
     report = json.loads(args.out.read_text()) if args.out.exists() else head
     if {k: report.get(k) for k in head} != head:
@@ -97,8 +97,9 @@ def main() -> None:
 class Evaluation:
     """One model, in exact mode and in shared mode over the same weights."""
 
-    def __init__(self, model: str, batch: int) -> None:
-        self.exact = Reasoner.from_pretrained(model, max_batch=batch, max_length=512)
+    def __init__(self, model: str, batch: int, dtype: str) -> None:
+        self.exact = Reasoner.from_pretrained(model, max_batch=batch, max_length=512, dtype=dtype)
+        self.chunk = 4 * batch  # prompts between two signs of progress
         self.shared = Reasoner(
             self.exact.model, max_batch=batch, max_length=512, consistency="shared"
         )
@@ -260,10 +261,10 @@ class Evaluation:
         chosen = Single(slice=slice) if slice else strategy
         task = self.progress.add_task(f"{chosen!r:.60}", total=len(prompts))
         results: list[Result] = []
-        for begin in range(0, len(prompts), CHUNK):
+        for begin in range(0, len(prompts), self.chunk):
             requests = [
                 p if isinstance(p, str) else {"prompt_token_ids": p}
-                for p in prompts[begin : begin + CHUNK]
+                for p in prompts[begin : begin + self.chunk]
             ]
             results += (reasoner or self.exact).generate(requests, strategy=chosen)
             self.progress.update(task, completed=len(results))
