@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from cascade.errors import CapacityExceeded, NumericalError, RequestError, SequenceError
-from cascade.forward import logits
 from cascade.passes import (
     complete_entries,
     cut,
+    decode,
     extend,
     fold_resident,
     is_stale,
@@ -84,7 +84,7 @@ class Batch:
                 hidden = run_long(
                     self.sequences, [pending for _, pending in feeds], writer, keep=True
                 )
-            rows = [row[0] for row in self._logits(slice, [h[-1:] for h in hidden])]
+            rows = [row[0] for row in self._logits(writer, [h[-1:] for h in hidden])]
             if short:
                 fold_resident(list(self._zip(added)))
             for (sequence, new), row in zip(self._zip(added), rows, strict=True):
@@ -113,7 +113,7 @@ class Batch:
         with restoring(self.sequences):
             active = [r for r, count in enumerate(wanted) if count > 0]
             while active:
-                rows = self._next_rows(active, slice, writer)
+                rows = self._next_rows(active, writer)
                 chosen = _choose(
                     rows,
                     [samplers[r] for r in active],
@@ -163,7 +163,7 @@ class Batch:
                 if len(first) < len(pending):
                     missing.append(sequence)
                     feeds.append((len(first), pending[len(first) :]))
-            tables = iter(self._logits(slice, run(missing, feeds, writer)))
+            tables = iter(self._logits(writer, run(missing, feeds, writer)))
             for sequence, first in self._zip(known):
                 new = next(tables) if sequence in missing else ()
                 sequence._rows = [*first, *new]
@@ -256,7 +256,7 @@ class Batch:
                 sequence.drop_draft()
             return [counts.get(s, 0) for s in self.sequences]
 
-    def _next_rows(self, active: list[int], slice: str, writer: int) -> list[Tensor]:
+    def _next_rows(self, active: list[int], writer: int) -> list[Tensor]:
         """Logits [V] after the last drafted (or committed) id of each active row."""
         missing, feeds = [], []
         for r in active:
@@ -271,7 +271,11 @@ class Batch:
                 missing.append(sequence)
                 feeds.append((entry, pending[entry:]))
         if missing:
-            tables = self._logits(slice, run(missing, feeds, writer))
+            tables: Seq[Tensor]
+            if all(len(ids) == 1 for _, ids in feeds):
+                tables = self._finite(writer, decode(missing, feeds, writer)).split(1)
+            else:
+                tables = self._logits(writer, run(missing, feeds, writer))
             for sequence, (entry, _), table in zip(missing, feeds, tables, strict=True):
                 sequence._rows[entry:] = list(table)
         return [self.sequences[r]._rows[len(self.sequences[r]._drafted)] for r in active]
@@ -292,14 +296,18 @@ class Batch:
             yield
 
     @torch.no_grad()
-    def _logits(self, slice: str, hidden: Seq[Tensor]) -> list[Tensor]:
+    def _logits(self, writer: int, hidden: Seq[Tensor]) -> list[Tensor]:
         """Logits [m_r, V] of hidden states [m_r, H]; raises NumericalError where not finite."""
-        table = logits(self.model.weights(slice), torch.cat(list(hidden)))
-        if not bool(table.isfinite().all()):
-            raise NumericalError(
-                f"slice {slice!r} gave logits that are not finite; the sequence is unchanged"
-            )
+        table = self._finite(writer, self.model.runner.logits(writer, torch.cat(list(hidden))))
         return list(table.split([len(h) for h in hidden]))
+
+    def _finite(self, writer: int, table: Tensor) -> Tensor:
+        if not bool(table.isfinite().all()):
+            name = list(self.model.slices)[writer]
+            raise NumericalError(
+                f"slice {name!r} gave logits that are not finite; the sequence is unchanged"
+            )
+        return table
 
     def _token_list(self, ids: TokenIds) -> list[int]:
         """Checked token ids, possibly none."""
