@@ -8,6 +8,7 @@ nothing else, so a pass that fails leaves nothing to undo (`cache`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from torch import Tensor
 from cascade.cache import Cache, Journal
 from cascade.forward import Feed, forward, logits
 from cascade.weights import ModelWeights
+
+if TYPE_CHECKING:
+    from cascade.graphs import Decoder
 
 
 class Runner:
@@ -45,3 +49,11 @@ class Runner:
     def decode(self, writer: int, cache: Cache, feeds: Sequence[Feed]) -> Tensor:
         """One token a row into the resident journal; logits [R, V] fp32 of the token after it."""
         return self.logits(writer, torch.cat(self.hidden(writer, cache, cache.journal, feeds)))
+
+    def verify(self, writer: int, cache: Cache, feeds: Sequence[Feed]) -> Tensor:
+        """Several tokens a row into the resident journal; logits [n, V] fp32 after each of them."""
+        return self.logits(writer, torch.cat(self.hidden(writer, cache, cache.journal, feeds)))
+
+    def chain(self, cache: Cache, rows: int) -> Decoder | None:
+        """What drafts greedily without the host in between; None where nothing does."""
+        return None
