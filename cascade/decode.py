@@ -138,15 +138,16 @@ def short_pass(
     table: Table,
     latest: Tensor,
     buffers: Buffers,
-    plan: Plan,
+    plans: Sequence[Plan],
 ) -> None:
     """Run a table's tokens under one slice into the resident journal; logits of every token.
 
     latest: [S], the token last picked for each slot; read where an id is `FROM_DEVICE`
+    plans:  one a MoE layer, written
     """
     b, hidden = buffers, buffers.hidden
     kernels.embed_tokens(hidden, weights.embeddings, table.ids, latest, table.slots)
-    mamba = attention = 0
+    mamba = attention = moe = 0
     for layer in weights.layers:
         match layer.mixer:
             case MambaWeights() as w:
@@ -156,7 +157,8 @@ def short_pass(
                 _attention(w, layer.norm, arch, kernels, cache, table, b, attention)
                 attention += 1
             case MoEWeights() as w:
-                _moe(w, layer.norm, arch, kernels, table, b, plan)
+                _moe(w, layer.norm, arch, kernels, table, b, plans[moe])
+                moe += 1
             case MLPWeights() as w:
                 kernels.norm_linear(hidden, [w.up], [b.dense], ["relu2"], layer.norm, eps=arch.eps)
                 kernels.norm_linear(b.dense, [w.down], [hidden], ["add"])

@@ -73,7 +73,7 @@ class Captured:
 
     table: Table
     buffers: Buffers
-    plan: Plan
+    plans: list[Plan]  # one a MoE layer: which experts the last pass chose
     picked: Tensor  # [R], the likeliest id after each row's last token, where length is 1
     graph: torch.cuda.CUDAGraph | None = None
 
@@ -147,7 +147,10 @@ class Decoder:
         captured = Captured(
             Table(height, length, device),
             Buffers.over(self._arena, weights, self._parent, arch, tokens),
-            Plan.empty(tokens, max(arch.experts, 1), max(arch.top_k, 1), device),
+            [
+                Plan.empty(tokens, arch.experts, arch.top_k, device)
+                for _ in range(arch.kinds.count("moe"))
+            ],
             torch.zeros(height, dtype=torch.int64, device=device),
         )
         captured.table.fill(rows)
@@ -176,7 +179,7 @@ class Decoder:
             table,
             self.latest,
             captured.buffers,
-            captured.plan,
+            captured.plans,
         )
         if table.length == 1:
             kernels.pick_tokens(captured.buffers.logits, captured.picked, self.latest, table.slots)
