@@ -25,10 +25,17 @@ _INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
 
 
 @cache
-def source(stem: str) -> str:
+def source(stem: str, leave_out: tuple[str, ...] = ()) -> str:
     """The text of `stem`.cu with the `.cuh` files it includes, so that CuPy's cache sees them."""
-    text = (FOLDER / f"{stem}.cu").read_text()
-    return _INCLUDE.sub(lambda match: (FOLDER / match[1]).read_text(), text)
+    seen = set(leave_out)
+
+    def include(match: re.Match[str]) -> str:
+        if match[1] in seen:
+            return ""
+        seen.add(match[1])
+        return _INCLUDE.sub(include, (FOLDER / match[1]).read_text())
+
+    return _INCLUDE.sub(include, (FOLDER / f"{stem}.cu").read_text()).replace("#pragma once", "")
 
 
 @cache

@@ -21,6 +21,7 @@ struct Arguments {
 };
 
 constexpr int WARPS = 4, THREADS = 32 * WARPS, KEYS = 16;
+constexpr float NOTHING = -3.402823466e38f;  // the maximum of no scores
 
 __device__ __forceinline__ unsigned pair_of(float low, float high) {
     return narrow(low) | narrow(high) << 16;
@@ -38,7 +39,7 @@ __device__ __forceinline__ float over_four_sum(float x) {
 
 // The weight that a part with maximum `own` has in a whole with maximum `all`.
 __device__ __forceinline__ float rescale(float own, float all) {
-    return own == -INFINITY ? 0.f : expf(own - all);
+    return own == NOTHING ? 0.f : expf(own - all);
 }
 
 // grid = (splits, kv heads, R * T); shared: V tiles [WARPS, KEYS, D + 8] bf16, then the same memory
@@ -62,7 +63,7 @@ __device__ __forceinline__ void attend(const Arguments& a) {
         if (split == 0)
             for (int i = threadIdx.x; i < group * D; i += THREADS) out[i] = 0;
         for (int i = threadIdx.x; i < 32; i += THREADS)
-            if (splits > 1) a.extent[place * 32 + i] = i % 2 ? 0.f : -INFINITY;
+            if (splits > 1) a.extent[place * 32 + i] = i % 2 ? 0.f : NOTHING;
         return;
     }
     bf16* const keys = a.keys + (slot * a.positions_held * a.kv_heads + head) * D;
@@ -92,7 +93,7 @@ __device__ __forceinline__ void attend(const Arguments& a) {
                       : make_uint4(0, 0, 0, 0);
     }
     float o[OUT][4] = {};
-    float top[2] = {-INFINITY, -INFINITY}, whole[2] = {0.f, 0.f};
+    float top[2] = {NOTHING, NOTHING}, whole[2] = {0.f, 0.f};
     const float scale = __int_as_float((int)a.scale);
     bf16* const tile = reinterpret_cast<bf16*>(given) + warp * KEYS * ROW;
 
@@ -134,7 +135,7 @@ __device__ __forceinline__ void attend(const Arguments& a) {
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
                     float& score = s[half][side * 2 + j];
-                    score = base + half * 8 + t4 * 2 + j < last ? score * scale : -INFINITY;
+                    score = base + half * 8 + t4 * 2 + j < last ? score * scale : NOTHING;
                     best = fmaxf(best, score);
                 }
             best = over_four_max(best);
@@ -181,7 +182,7 @@ __device__ __forceinline__ void attend(const Arguments& a) {
     __syncthreads();
     for (int i = threadIdx.x; i < 16 * D; i += THREADS) {
         const int h = i / D;
-        float best = -INFINITY, sum = 0.f, value = 0.f;
+        float best = NOTHING, sum = 0.f, value = 0.f;
         for (int w = 0; w < WARPS; w++) best = fmaxf(best, maxima[w][h]);
         for (int w = 0; w < WARPS; w++) {
             const float share = rescale(maxima[w][h], best);
@@ -209,7 +210,7 @@ __device__ __forceinline__ void combine(const Arguments& a) {
     let_next_start();
     if (token % a.length >= a.counts[row]) return;
     const long long first = (token * a.kv_heads + head) * a.splits;
-    float best = -INFINITY, sum = 0.f, value = 0.f;
+    float best = NOTHING, sum = 0.f, value = 0.f;
     for (int s = 0; s < a.splits; s++) best = fmaxf(best, a.extent[((first + s) * 16 + h) * 2]);
     for (int s = 0; s < a.splits; s++) {
         const float* const extent = a.extent + ((first + s) * 16 + h) * 2;

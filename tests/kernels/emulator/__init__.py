@@ -21,23 +21,13 @@ from cascade.kernels import checks, compiler
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
 
-_INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
 _DYNAMIC = re.compile(r"extern __shared__ (\w+) (\w+)\[\];")
 
 
 def source(stem: str) -> str:
     """A .cu file as C++ that runs here."""
-    seen = {"ptx.cuh"}
-
-    def include(match: re.Match[str]) -> str:
-        if match[1] in seen:
-            return ""
-        seen.add(match[1])
-        return _INCLUDE.sub(include, (compiler.FOLDER / match[1]).read_text())
-
-    text = _INCLUDE.sub(include, (compiler.FOLDER / f"{stem}.cu").read_text())
+    text = compiler.source(stem, leave_out=("ptx.cuh",))
     text = _DYNAMIC.sub(r"\1* const \2 = (\1*)dynamic_shared;", text)
-    text = text.replace("#pragma once", "")
     return f'#include "emulator.h"\n{text}\n#include "runtime.h"\n'
 
 
