@@ -24,7 +24,7 @@ from cascade.kernels.plan import Plan
 from cascade.runner import Runner
 from cascade.weights import ModelWeights
 
-MOST_TOKENS = 384  # rows * length of a short pass; longer ones are run by `forward`
+MOST_TOKENS = 320  # rows * length of a short pass; longer ones are run by `forward`
 MOST_GRAPHS = 96  # kept at once; the one that was not used for longest goes first
 
 

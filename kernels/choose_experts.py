@@ -9,7 +9,7 @@ from cascade.kernels import checks
 from cascade.kernels.compiler import Kernel
 from cascade.kernels.plan import Plan
 
-THREADS = 1024
+FEW = 16  # tokens up to which a small block is faster
 LARGEST_EXPERTS, LARGEST_CHOICE = 256, 32
 LARGEST_SHARED = 96 * 1024
 
@@ -54,7 +54,7 @@ def choose_experts(
     _KERNEL.launch(
         device,
         (1, 1, 1),
-        (THREADS, 1, 1),
+        (256 if tokens <= FEW else 1024, 1, 1),
         (
             *places,
             tokens // rows,

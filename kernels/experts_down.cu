@@ -19,10 +19,12 @@ struct Arguments {
     long long shared_width, shared_stride, items_held;
 };
 
-// grid = (tiles of hidden); shared: sums [WARPS, tokens, TILE] fp32
+// grid = (tiles of hidden); shared: the ring, then sums [WARPS, tokens, TILE] fp32
 template <int N>
 __device__ __forceinline__ void down(const Arguments& a) {
-    extern __shared__ float sums[];
+    extern __shared__ uint4 ring[];
+    float* const sums = reinterpret_cast<float*>(ring + RING);
+    const Ring weights(ring);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tokens = (int)a.tokens;
     const long long row = (long long)blockIdx.x * TILE;
     const int routed_steps = ((int)a.width + STEP - 1) / STEP;
@@ -56,10 +58,10 @@ __device__ __forceinline__ void down(const Arguments& a) {
             stride = a.row_stride;
         }
         const Lines lines = lines_of(weight, stride, a.hidden, row);
-        Pipeline weights;
         weights.start(lines, begin, end, depth);
         if (!waited) {
             wait_for_inputs();
+            let_next_start();
             waited = true;
         }
         const bf16* const source = is_routed ? a.inner : a.shared_inner;
@@ -87,7 +89,6 @@ __device__ __forceinline__ void down(const Arguments& a) {
         position += end - begin;
     }
     if (!waited) wait_for_inputs();
-    let_next_start();
     __syncthreads();
     for (int i = threadIdx.x; i < tokens * TILE; i += THREADS) {
         const int token = i / TILE;
@@ -100,7 +101,10 @@ __device__ __forceinline__ void down(const Arguments& a) {
     }
 }
 
-#define ENTRY(name, N) \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) name(const Arguments a) { down<N>(a); }
+#define ENTRY(name, N)                                                                 \
+    extern "C" __global__ void __launch_bounds__(THREADS, N == 1 ? 3 : 2)              \
+        name(const Arguments a) {                                                      \
+        down<N>(a);                                                                     \
+    }
 ENTRY(down_8, 1)
 ENTRY(down_16, 2)

@@ -12,10 +12,11 @@ struct Arguments {
     long long x_stride, depth, width, expert_stride, row_stride, items_held, eps;
 };
 
-// grid = (tiles of width, items)
+// grid = (tiles of width, items); shared: the ring
 template <int N>
 __device__ __forceinline__ void up(const Arguments& a) {
     __shared__ Gathered<N> gathered;
+    extern __shared__ uint4 ring[];
     wait_for_inputs();
     let_next_start();
     if (blockIdx.y >= a.counts[0]) return;
@@ -26,7 +27,7 @@ __device__ __forceinline__ void up(const Arguments& a) {
     share_of(threadIdx.x / 32, (depth + STEP - 1) / STEP, begin, end);
     const Lines lines = lines_of(a.up + expert * a.expert_stride, a.row_stride, a.width,
                                  (long long)blockIdx.x * TILE);
-    Pipeline weights;
+    const Ring weights(ring);
     weights.start(lines, begin, end, depth);
     const bf16* x[N];
 #pragma unroll
@@ -52,7 +53,10 @@ __device__ __forceinline__ void up(const Arguments& a) {
     }
 }
 
-#define ENTRY(name, N) \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) name(const Arguments a) { up<N>(a); }
+#define ENTRY(name, N)                                                                 \
+    extern "C" __global__ void __launch_bounds__(THREADS, N == 1 ? 3 : 2)              \
+        name(const Arguments a) {                                                      \
+        up<N>(a);                                                                     \
+    }
 ENTRY(up_8, 1)
 ENTRY(up_16, 2)

@@ -10,6 +10,7 @@ from cascade.kernels.compiler import Kernel
 from cascade.kernels.plan import Plan
 
 THREADS, TILE = 256, 16  # as in the .cu
+RING = 8 * 8 * 2 * 32 * 16  # bytes of shared memory for weights on their way
 
 _BF16, _INT32 = (torch.bfloat16,), (torch.int32,)
 _KERNELS = {tokens: Kernel("experts_up", f"up_{tokens}", 14, overlaps=True) for tokens in (8, 16)}
@@ -56,4 +57,5 @@ def experts_up(x: Tensor, norm: Tensor, eps: float, up: Tensor, plan: Plan, inne
             held,
             checks.float_bits(eps),
         ),
+        RING,
     )

@@ -21,6 +21,10 @@ def short_pass_obstacle(arch: Any, dtype: torch.dtype, entries: int) -> str | No
         (dtype != torch.bfloat16, f"weights are {dtype}, not bfloat16"),
         (arch.conv_taps != mamba_step.TAPS, f"{arch.conv_taps} taps of the convolution"),
         (arch.state_size not in mamba_step.SIZES, f"a state size of {arch.state_size}"),
+        (
+            arch.state_size > mamba_step.largest_size(arch.head_dim),
+            f"a state size of {arch.state_size} with a head dim of {arch.head_dim}",
+        ),
         (arch.head_dim % 8 or arch.head_dim > 64, f"a Mamba head dim of {arch.head_dim}"),
         (arch.heads % 4, f"{arch.heads} Mamba heads"),
         (shared > mamba_step.LARGEST_SHARED, f"a journal of {entries} entries"),

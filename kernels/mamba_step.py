@@ -21,6 +21,11 @@ _KERNELS = {
 }
 
 
+def largest_size(head_dim: int) -> int:
+    """The state size that goes with a head dim: two channels of P + 2 N a thread of 4 P."""
+    return 7 * head_dim // 2
+
+
 def shared_bytes(entries: int, head_dim: int, size: int) -> int:
     """Shared memory of a block for journals of `entries` tokens."""
     numbers = entries * (head_dim + size) + QUERIES * size + QUERIES * entries + 2 * entries
@@ -67,6 +72,7 @@ def mamba_step(
         raise checks.KernelArgumentError(f"the state size N is {size}; expected one of {SIZES}")
     checks.within("the head dim P", head_dim, 8, 64)
     checks.multiple("the head dim P", head_dim, 8)
+    checks.within("the state size N", size, 1, largest_size(head_dim))
     checks.within("the number of taps", conv.shape[-1], TAPS, TAPS)
     checks.multiple("the number of tokens", tokens, max(rows, 1))
     address, stride = checks.strided("projected", projected, _BF16, (tokens, columns))

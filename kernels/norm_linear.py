@@ -12,7 +12,6 @@ from cascade.kernels.reference_decode import Kind
 from cascade.kernels.skinny_linear import skinny_linear
 
 FEW = 32  # tokens up to which reading the weights is all that counts
-NARROW = 1024  # columns
 
 
 def norm_linear(
@@ -25,38 +24,17 @@ def norm_linear(
     groups: int = 1,
     eps: float = 0.0,
 ) -> None:
-    """See reference_decode.norm_linear. A narrow `out` in fp32 always takes the kernel.
-
-    A wide one, of many tokens, is rounded to the dtype of x before it is stored.
-    """
-    few = x.shape[0] <= FEW
-    own = [
-        i
-        for i, out in enumerate(outs)
-        if few or (out.dtype == torch.float32 and out.shape[1] <= NARROW)
-    ]
-    if own:
-        skinny_linear(
-            x,
-            [weights[i] for i in own],
-            [outs[i] for i in own],
-            [kinds[i] for i in own],
-            norm,
-            squares,
-            groups,
-            eps,
-        )
-    if few or len(own) == len(outs):
+    """See reference_decode.norm_linear. `add` and `relu2` need an `out` in the dtype of x."""
+    if x.shape[0] <= FEW:
+        skinny_linear(x, weights, outs, kinds, norm, squares, groups, eps)
         return
     if norm is not None:
         normed = torch.empty_like(x, memory_format=torch.contiguous_format)
         group_norm(x, norm, groups, eps, normed)
         x = normed
-    for i, (weight, out, kind) in enumerate(zip(weights, outs, kinds, strict=True)):
-        if i in own:
-            continue
+    for weight, out, kind in zip(weights, outs, kinds, strict=True):
         if out.dtype != x.dtype:
-            out.copy_(x @ weight.T)
+            torch.mm(x, weight.T, out_dtype=out.dtype, out=out)
         elif kind == "add":
             torch.addmm(out, x, weight.T, out=out)
         else:

@@ -1,13 +1,24 @@
 // The few instructions that CUDA C++ has no name for.
 #pragma once
 
-// 16 bytes that are read once: no place in L1, the whole 128-byte line into L2.
-__device__ __forceinline__ uint4 load_once(const void* from) {
-    uint4 raw;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
-                 : "l"(from));
-    return raw;
+// Copy 16 bytes to shared memory in the background, past L1, the whole 128-byte line into L2; zeros
+// where there is nothing to copy.
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool is_there) {
+    const unsigned address = (unsigned)__cvta_generic_to_shared(to);
+    const int bytes = is_there ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+                 :
+                 : "r"(address), "l"(from), "r"(bytes)
+                 : "memory");
+}
+
+// Close a group of copies.
+__device__ __forceinline__ void close_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Wait until at most N of this thread's groups are under way.
+template <int N>
+__device__ __forceinline__ void wait_for_group() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
 // c [16, 8] += a [16, 16] b [16, 8] by one warp, bf16 into fp32. Lane 4 g + t holds

@@ -3,11 +3,12 @@
 
 constexpr int PARTS = 3;
 enum Kind { STORE, STORE_F32, RELU2, ADD };
+enum Norm { NONE, WHOLE, GROUPS };  // of x; for groups the sums of squares are given
 
 struct Arguments {
     const bf16* x;      // [tokens, depth], rows x_stride apart
-    const bf16* norm;   // [depth], or null
-    const float* sums;  // [tokens, groups, summands] of squares, or null: taken from x, one group
+    const bf16* norm;   // [depth]
+    const float* sums;  // [tokens, groups, summands] of squares
     const bf16* weight[PARTS];
     void* out[PARTS];
     long long weight_stride[PARTS], rows[PARTS], out_stride[PARTS], kind[PARTS];
@@ -21,11 +22,18 @@ struct Grouped {
     const float* factors;  // [N * 8, groups]
     int groups, width;     // columns of a group
 
-    __device__ __forceinline__ uint4 operator()(int n, const uint4& v, int k) const {
-        const float factor = factors[(n * 8 + threadIdx.x % 32 / 4) * groups + k / width];
+    __device__ __forceinline__ uint4 norm_at(int k, bool inside) const {
+        return load_norm(norm, k, inside);
+    }
+
+    __device__ __forceinline__ uint4 operator()(int n, const uint4& v, const uint4& weight,
+                                                int k) const {
+        // Behind the last column v is zero and any factor will do.
+        const int group = min(k / width, groups - 1);
+        const float factor = factors[(n * 8 + threadIdx.x % 32 / 4) * groups + group];
         float x[8], w[8];
         unpack(v, x);
-        unpack(*reinterpret_cast<const uint4*>(norm + k), w);
+        unpack(weight, w);
 #pragma unroll
         for (int i = 0; i < 8; i++) x[i] = x[i] * factor * w[i];
         return pack(x);
@@ -44,11 +52,12 @@ __device__ __forceinline__ void write(const Arguments& a, int part, long long to
     }
 }
 
-// grid = (tiles of all matrices); shared: factors [N * 8, groups] where sums are given
-template <int N>
+// grid = (tiles of all matrices); shared: the ring, then factors [N * 8, groups] where sums are given
+template <int N, Norm NORM>
 __device__ __forceinline__ void product(const Arguments& a) {
     __shared__ Gathered<N> gathered;
-    extern __shared__ float given[];
+    extern __shared__ uint4 ring[];
+    float* const given = reinterpret_cast<float*>(ring + RING);
     long long tile = blockIdx.x;
     int part = 0;
     while (part < PARTS - 1 && tile >= (a.rows[part] + TILE - 1) / TILE)
@@ -61,7 +70,7 @@ __device__ __forceinline__ void product(const Arguments& a) {
         lines_of(a.weight[part], a.weight_stride[part], a.rows[part], tile * TILE);
     const float eps = __int_as_float((int)a.eps);
 
-    Pipeline weights;
+    const Ring weights(ring);
     weights.start(lines, begin, end, depth);
     wait_for_inputs();
     let_next_start();
@@ -75,10 +84,10 @@ __device__ __forceinline__ void product(const Arguments& a) {
             x[n] = token < a.tokens ? a.x + token * a.x_stride : nullptr;
         }
         float sum[N][4] = {};
-        if (!a.norm) {
+        if constexpr (NORM == NONE) {
             Plain plain;
             weights.run(sum, lines, x, begin, end, depth, plain);
-        } else if (!a.sums) {
+        } else if constexpr (NORM == WHOLE) {
             Normed<N> normed(a.norm);
             weights.run(sum, lines, x, begin, end, depth, normed);
             gathered.put_squares(normed.squares);
@@ -97,23 +106,31 @@ __device__ __forceinline__ void product(const Arguments& a) {
         }
         gathered.put(sum);
         __syncthreads();
-        const bool folded = a.norm && !a.sums;
-        if (folded) {
+        if (NORM == WHOLE) {
             gathered.make_factors(depth, eps);
             __syncthreads();
         }
         for (int i = threadIdx.x; i < N * 8 * TILE; i += THREADS) {
             const int row = i % TILE, token = i / TILE;
             if (first + token >= a.tokens || tile * TILE + row >= a.rows[part]) continue;
-            const float factor = folded ? gathered.factors[token] : 1.f;
+            const float factor = NORM == WHOLE ? gathered.factors[token] : 1.f;
             write(a, part, first + token, tile * TILE + row, gathered.at(row, token) * factor);
         }
         __syncthreads();
     }
 }
 
-#define ENTRY(name, N) \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) name(const Arguments a) { product<N>(a); }
-ENTRY(product_8, 1)
-ENTRY(product_16, 2)
-ENTRY(product_32, 4)
+#define ENTRY(name, N, NORM)                                                            \
+    extern "C" __global__ void __launch_bounds__(THREADS, N == 1 && NORM != GROUPS ? 3 : 2)                \
+        name(const Arguments a) {                                                       \
+        product<N, NORM>(a);                                                            \
+    }
+ENTRY(plain_8, 1, NONE)
+ENTRY(plain_16, 2, NONE)
+ENTRY(plain_32, 4, NONE)
+ENTRY(whole_8, 1, WHOLE)
+ENTRY(whole_16, 2, WHOLE)
+ENTRY(whole_32, 4, WHOLE)
+ENTRY(groups_8, 1, GROUPS)
+ENTRY(groups_16, 2, GROUPS)
+ENTRY(groups_32, 4, GROUPS)

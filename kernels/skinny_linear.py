@@ -14,13 +14,17 @@ from cascade.kernels.reference_decode import Kind
 PARTS = 3  # as in the .cu
 THREADS = 256
 TILE = 16  # rows of weights a block
+RING = 8 * 8 * 2 * 32 * 16  # bytes of shared memory for weights on their way
 WIDTHS = (8, 16, 32)  # tokens at once
 LARGEST_GROUPS = 64  # whose factors fit into shared memory
 
 _BF16, _FP32 = (torch.bfloat16,), (torch.float32,)
 _CODES = {"store": 0, "relu2": 2, "add": 3}
 _KERNELS = {
-    width: Kernel("skinny_linear", f"product_{width}", 3 + 6 * PARTS + 6, overlaps=True)
+    (norm, width): Kernel(
+        "skinny_linear", f"{norm}_{width}", 3 + 6 * PARTS + 6, overlaps=True
+    )
+    for norm in ("plain", "whole", "groups")
     for width in WIDTHS
 }
 
@@ -88,7 +92,8 @@ def skinny_linear(
     if not (tokens and depth and any(rows)):
         return
     width = next((w for w in WIDTHS if tokens <= w), WIDTHS[-1])
-    _KERNELS[width].launch(
+    mode = "plain" if norm is None else "whole" if squares is None else "groups"
+    _KERNELS[mode, width].launch(
         device,
         (sum(-(-height // TILE) for height in rows), 1, 1),
         (THREADS, 1, 1),
@@ -109,5 +114,5 @@ def skinny_linear(
             summands,
             checks.float_bits(eps),
         ),
-        4 * width * groups if sums else 0,
+        RING + (4 * width * groups if sums else 0),
     )

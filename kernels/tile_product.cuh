@@ -9,11 +9,12 @@
 
 constexpr int TILE = 16;   // rows of weights
 constexpr int STEP = 32;   // columns of two mma
-constexpr int AHEAD = 4;   // steps of a batch of loads; two batches are in flight
+constexpr int STAGES = 8;  // steps of weights on their way to shared memory, for each warp
 constexpr int WARPS = 8;
 constexpr int THREADS = 32 * WARPS;
+constexpr int RING = WARPS * STAGES * 2 * 32;  // pieces of 16 bytes
 
-// Rows g and g + 8 of a tile at the columns of this lane; null where the matrix has no such row.
+// Rows g and g + 8 of a tile; null where the matrix has no such row.
 struct Lines {
     const bf16 *low, *high;
 };
@@ -25,66 +26,79 @@ __device__ __forceinline__ Lines lines_of(const bf16* weight, long long stride, 
             row + 8 < rows ? weight + (row + 8) * stride : nullptr};
 }
 
-struct Weights {
-    uint4 low[AHEAD], high[AHEAD];
+// Weights on their way: a lane copies the 16 bytes that it will multiply itself, so that nobody waits
+// for anybody and the copies in flight take no registers.
+struct Ring {
+    uint4* own;
 
-    // Columns of steps [step, step + AHEAD) before `end`; zeros behind.
-    __device__ __forceinline__ void load(const Lines& lines, int step, int end, int depth) {
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            const int k = (step + i) * STEP + threadIdx.x % 4 * 8;
-            const bool inside = step + i < end && k < depth;
-            low[i] = inside && lines.low ? load_once(lines.low + k) : make_uint4(0, 0, 0, 0);
-            high[i] = inside && lines.high ? load_once(lines.high + k) : make_uint4(0, 0, 0, 0);
-        }
+    __device__ __forceinline__ explicit Ring(uint4* shared)
+        : own(shared + threadIdx.x / 32 * STAGES * 64 + threadIdx.x % 32) {}
+
+    __device__ __forceinline__ uint4* stage(int step) const { return own + step % STAGES * 64; }
+
+    __device__ __forceinline__ void issue(const Lines& lines, int step, int end, int depth) const {
+        const int k = step * STEP + threadIdx.x % 4 * 8;
+        const bool inside = step < end && k < depth;
+        uint4* const to = stage(step);
+        copy_async(to, lines.low + k, inside && lines.low);
+        copy_async(to + 32, lines.high + k, inside && lines.high);
+        close_group();
     }
 
-    // sum += weights * prepare(token n, its columns, k) for the N groups of 8 tokens.
-    template <int N, typename Prepare>
-    __device__ __forceinline__ void apply(float (&sum)[N][4], const bf16* const (&x)[N], int step,
-                                          int end, int depth, Prepare& prepare) const {
+    // The first steps from `begin` on.
+    __device__ __forceinline__ void start(const Lines& lines, int begin, int end, int depth) const {
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            if (step + i >= end) break;
-            const int k = (step + i) * STEP + threadIdx.x % 4 * 8;
-#pragma unroll
-            for (int n = 0; n < N; n++) {
-                uint4 v = make_uint4(0, 0, 0, 0);
-                if (x[n] && k < depth) v = prepare(n, *reinterpret_cast<const uint4*>(x[n] + k), k);
-                mma(sum[n], low[i].x, high[i].x, low[i].y, high[i].y, v.x, v.y);
-                mma(sum[n], low[i].z, high[i].z, low[i].w, high[i].w, v.z, v.w);
-            }
-        }
-    }
-};
-
-// Two batches of loads: `start` issues them, `run` goes through all steps [begin, end).
-struct Pipeline {
-    Weights first, second;
-
-    __device__ __forceinline__ void start(const Lines& lines, int begin, int end, int depth) {
-        first.load(lines, begin, end, depth);
-        second.load(lines, begin + AHEAD, end, depth);
+        for (int i = 0; i < STAGES; i++) issue(lines, begin + i, end, depth);
     }
 
+    // sum += weights * prepare(tokens) over steps [begin, end), after `start`.
     template <int N, typename Prepare>
     __device__ __forceinline__ void run(float (&sum)[N][4], const Lines& lines,
                                         const bf16* const (&x)[N], int begin, int end, int depth,
-                                        Prepare& prepare) {
+                                        Prepare& prepare) const {
+        constexpr int TOGETHER = N <= 2 ? 4 : 1;  // steps whose tokens are asked for at once
 #pragma unroll 1
-        for (int step = begin; step < end; step += 2 * AHEAD) {
-            first.apply(sum, x, step, end, depth, prepare);
-            first.load(lines, step + 2 * AHEAD, end, depth);
-            second.apply(sum, x, step + AHEAD, end, depth, prepare);
-            second.load(lines, step + 3 * AHEAD, end, depth);
+        for (int first = begin; first < end; first += TOGETHER) {
+            uint4 v[TOGETHER][N], norm[TOGETHER];
+#pragma unroll
+            for (int i = 0; i < TOGETHER; i++) {
+                const int k = (first + i) * STEP + threadIdx.x % 4 * 8;
+                const bool inside = first + i < end && k < depth;
+                norm[i] = prepare.norm_at(k, inside);
+#pragma unroll
+                for (int n = 0; n < N; n++)
+                    v[i][n] = inside && x[n] ? *reinterpret_cast<const uint4*>(x[n] + k)
+                                             : make_uint4(0, 0, 0, 0);
+            }
+#pragma unroll
+            for (int i = 0; i < TOGETHER; i++) {
+                wait_for_group<STAGES - 1>();
+                const uint4 low = stage(first + i)[0], high = stage(first + i)[32];
+                const int k = (first + i) * STEP + threadIdx.x % 4 * 8;
+#pragma unroll
+                for (int n = 0; n < N; n++) {
+                    const uint4 u = prepare(n, v[i][n], norm[i], k);
+                    mma(sum[n], low.x, high.x, low.y, high.y, u.x, u.y);
+                    mma(sum[n], low.z, high.z, low.w, high.w, u.z, u.w);
+                }
+                issue(lines, first + i + STAGES, end, depth);
+            }
         }
+        wait_for_group<0>();  // empty ones, so that the next `start` counts from none
     }
 };
 
 // Tokens as they are.
 struct Plain {
-    __device__ __forceinline__ uint4 operator()(int, const uint4& v, int) const { return v; }
+    __device__ __forceinline__ uint4 norm_at(int, bool) const { return make_uint4(0, 0, 0, 0); }
+    __device__ __forceinline__ uint4 operator()(int, const uint4& v, const uint4&, int) const {
+        return v;
+    }
 };
+
+__device__ __forceinline__ uint4 load_norm(const bf16* norm, int k, bool inside) {
+    return inside ? *reinterpret_cast<const uint4*>(norm + k) : make_uint4(0, 0, 0, 0);
+}
 
 // Tokens times the norm's weight; their squares are summed on the way, for a factor at the end.
 template <int N>
@@ -97,8 +111,11 @@ struct Normed {
         for (int n = 0; n < N; n++) squares[n] = 0.f;
     }
 
-    __device__ __forceinline__ uint4 operator()(int n, const uint4& v, int k) {
-        const uint4 w = *reinterpret_cast<const uint4*>(norm + k);
+    __device__ __forceinline__ uint4 norm_at(int k, bool inside) const {
+        return load_norm(norm, k, inside);
+    }
+
+    __device__ __forceinline__ uint4 operator()(int n, const uint4& v, const uint4& w, int) {
         float x[8];
         unpack(v, x);
 #pragma unroll

@@ -55,6 +55,7 @@ inline unsigned __float_as_uint(float value) {
     return bits;
 }
 inline float __int_as_float(int bits) { return __uint_as_float((unsigned)bits); }
+inline float __expf(float x) { return expf(x); }
 inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline void __threadfence() {}
@@ -143,15 +144,32 @@ inline T __shfl_down_sync(unsigned, T own, int by) {
     return from_lane(own, lane + by < 32 ? lane + by : lane);
 }
 
+inline unsigned __reduce_max_sync(unsigned, unsigned own) {
+    const auto all = gather(&own, sizeof own);
+    for (int lane = 0; lane < 32; lane++) own = max(own, *reinterpret_cast<unsigned*>(all[lane]));
+    return own;
+}
+inline unsigned __reduce_min_sync(unsigned, unsigned own) {
+    const auto all = gather(&own, sizeof own);
+    for (int lane = 0; lane < 32; lane++) own = min(own, *reinterpret_cast<unsigned*>(all[lane]));
+    return own;
+}
+
 // ---- ptx.cuh ----
 
-inline uint4 load_once(const void* from) {
-    if ((uintptr_t)from % 16) {
-        fprintf(stderr, "a 16-byte load from %p\n", from);
+inline void copy_async(void* to, const void* from, bool is_there) {
+    if (is_there && (uintptr_t)from % 16) {
+        fprintf(stderr, "a 16-byte copy from %p\n", from);
         abort();
     }
-    return *static_cast<const uint4*>(from);
+    if (is_there)
+        memcpy(to, from, 16);
+    else
+        memset(to, 0, 16);
 }
+inline void close_group() {}
+template <int N>
+inline void wait_for_group() {}
 
 inline float bf16_of(unsigned word, int half) {
     return __uint_as_float(half ? word & 0xffff0000u : word << 16);
