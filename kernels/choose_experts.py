@@ -9,12 +9,11 @@ from cascade.kernels import checks
 from cascade.kernels.compiler import Kernel
 from cascade.kernels.plan import Plan
 
-FEW = 16  # tokens up to which a small block is faster
+THREADS = 256  # as in the .cu
 LARGEST_EXPERTS, LARGEST_CHOICE = 256, 32
-LARGEST_SHARED = 96 * 1024
 
 _FP32, INT32 = (torch.float32,), (torch.int32,)
-_KERNEL = Kernel("choose_experts", "choose", 15, overlaps=True)
+_KERNEL = Kernel("choose_experts", "choose", 19, overlaps=True)
 
 
 def choose_experts(
@@ -45,16 +44,18 @@ def choose_experts(
         checks.array("plan.counts", plan.counts, INT32, (2,)),
         checks.array("plan.tokens", plan.tokens, INT32, (pairs,)),
         checks.array("plan.weights", plan.weights, _FP32, (pairs,)),
+        checks.array("plan.chosen", plan.chosen, INT32, (pairs,)),
+        checks.array("plan.shares", plan.shares, _FP32, (pairs,)),
+        checks.array("plan.bits", plan.bits, INT32, (experts, -(-tokens // 32))),
+        checks.array("plan.arrived", plan.arrived, INT32, (1,)),
     )
-    shared = 8 * pairs + 4 * experts * (-(-tokens // 32))
-    checks.within("the choice of all tokens, in bytes of shared memory,", shared, 0, LARGEST_SHARED)
-    device = checks.one_gpu(logits, bias, counts, *plan[:4])
+    device = checks.one_gpu(logits, bias, counts, *plan[:8])
     if not (tokens and rows):
         return
     _KERNEL.launch(
         device,
-        (1, 1, 1),
-        (256 if tokens <= FEW else 1024, 1, 1),
+        (-(-tokens // (THREADS // 32)), 1, 1),
+        (THREADS, 1, 1),
         (
             *places,
             tokens // rows,
@@ -66,5 +67,4 @@ def choose_experts(
             int(normalise),
             checks.float_bits(scale),
         ),
-        shared,
     )

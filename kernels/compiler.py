@@ -45,6 +45,12 @@ def _module(stem: str) -> Any:
     return cupy.RawModule(code=source(stem), options=OPTIONS)
 
 
+@cache
+def multiprocessors(device: int) -> int:
+    """Multiprocessors of a CUDA device: the blocks of a kernel that keeps one on each."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 class _TorchStream:
     """A torch stream in the CUDA stream protocol, which older torch versions do not speak."""
 

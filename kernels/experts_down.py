@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cascade.kernels import checks
-from cascade.kernels.compiler import Kernel
+from cascade.kernels.compiler import Kernel, multiprocessors
 from cascade.kernels.plan import Plan
 
 THREADS, WARPS, TILE = 256, 8, 16  # as in the .cu
@@ -71,7 +71,7 @@ def experts_down(
         return
     _KERNELS[plan.item_tokens].launch(
         device,
-        (-(-hidden // TILE), 1, 1),
+        (multiprocessors(device), 1, 1),
         (THREADS, 1, 1),
         (
             address,

@@ -1,5 +1,5 @@
 // relu(up(norm(x))) ** 2 of the chosen experts, for the pairs of an item of choose_experts.
-#include "tile_product.cuh"
+#include "tile_stream.cuh"
 
 struct Arguments {
     const bf16* x;      // [tokens, depth], rows x_stride apart
@@ -12,51 +12,71 @@ struct Arguments {
     long long x_stride, depth, width, expert_stride, row_stride, items_held, eps;
 };
 
-// grid = (tiles of width, items); shared: the ring
+// grid = (multiprocessors), which share the rows of all items; shared: the ring
 template <int N>
 __device__ __forceinline__ void up(const Arguments& a) {
-    __shared__ Gathered<N> gathered;
-    extern __shared__ uint4 ring[];
+    __shared__ Gathered<N> gathered[2];
+    extern __shared__ uint4 shared[];
+    const int depth = (int)a.depth, lane = threadIdx.x % 32, g = lane / 4;
+    const float eps = __int_as_float((int)a.eps);
+    int begin, end;
+    share_of((depth + STEP - 1) / STEP, begin, end);
     wait_for_inputs();
     let_next_start();
-    if (blockIdx.y >= a.counts[0]) return;
-    const int item = blockIdx.y, lane = threadIdx.x % 32, depth = (int)a.depth;
-    const long long expert = a.items[item], first = a.items[a.items_held + item];
-    const int count = a.items[2 * a.items_held + item];
-    int begin, end;
-    share_of(threadIdx.x / 32, (depth + STEP - 1) / STEP, begin, end);
-    const Lines lines = lines_of(a.up + expert * a.expert_stride, a.row_stride, a.width,
-                                 (long long)blockIdx.x * TILE);
-    const Ring weights(ring);
-    weights.start(lines, begin, end, depth);
-    const bf16* x[N];
+    const long long total = a.counts[0] * a.width;
+
+    Ring ring(shared);
+    Walk ahead(total, a.width);
+    Tile coming = {0, 0};
+    Lines lines = {nullptr, nullptr};
+    int step = end;
+    const auto more = [&] {
+        if (step >= end) {
+            coming = ahead.next();
+            if (coming.height) {
+                const long long expert = a.items[coming.row / a.width];
+                const bf16* const first =
+                    a.up + expert * a.expert_stride + coming.row % a.width * a.row_stride;
+                lines.low = g < coming.height ? first + g * a.row_stride : nullptr;
+                lines.high = g + 8 < coming.height ? first + (g + 8) * a.row_stride : nullptr;
+            }
+            step = begin;
+        }
+        ring.issue(lines, step, coming.height && step < end, depth);
+        step++;
+    };
+#pragma unroll 1
+    for (int i = 0; i < STAGES; i++) more();
+
+    Walk walk(total, a.width);
+    int turn = 0;
+    for (Tile tile = walk.next(); tile.height; tile = walk.next(), turn ^= 1) {
+        const long long item = tile.row / a.width, place = tile.row % a.width;
+        const long long first = a.items[a.items_held + item];
+        const int count = a.items[2 * a.items_held + item];
+        const bf16* x[N];
 #pragma unroll
-    for (int n = 0; n < N; n++) {
-        const int pair = n * 8 + lane / 4;
-        x[n] = pair < count ? a.x + a.pair_token[first + pair] * a.x_stride : nullptr;
-    }
-    float sum[N][4] = {};
-    Normed<N> normed(a.norm);
-    weights.run(sum, lines, x, begin, end, depth, normed);
-    gathered.put(sum);
-    gathered.put_squares(normed.squares);
-    __syncthreads();
-    gathered.make_factors(depth, __int_as_float((int)a.eps));
-    __syncthreads();
-    for (int i = threadIdx.x; i < N * 8 * TILE; i += THREADS) {
-        const int row = i % TILE, pair = i / TILE;
-        const long long place = (long long)blockIdx.x * TILE + row;
-        if (pair >= count || place >= a.width) continue;
-        const float value = gathered.at(row, pair) * gathered.factors[pair];
-        a.inner[(first + pair) * a.width + place] =
-            (bf16)narrow(relu_squared(widen((bf16)narrow(value))));
+        for (int n = 0; n < N; n++)
+            x[n] = n * 8 + g < count ? a.x + a.pair_token[first + n * 8 + g] * a.x_stride : nullptr;
+        float sum[N][4] = {};
+        Normed<N> normed(a.norm);
+        multiply(sum, ring, x, begin, end, depth, normed, more);
+        gathered[turn].put(sum);
+        gathered[turn].put_squares(normed.squares);
+        __syncthreads();
+        for (int i = threadIdx.x; i < N * 8 * TILE; i += THREADS) {
+            const int row = i % TILE, pair = i / TILE;
+            if (pair >= count || row >= tile.height) continue;
+            const float value = gathered[turn].at(row, pair) * gathered[turn].factor(pair, depth, eps);
+            a.inner[(first + pair) * a.width + place + row] =
+                (bf16)narrow(relu_squared(widen((bf16)narrow(value))));
+        }
     }
 }
 
 #define ENTRY(name, N)                                                                 \
-    extern "C" __global__ void __launch_bounds__(THREADS, N == 1 ? 3 : 2)              \
-        name(const Arguments a) {                                                      \
-        up<N>(a);                                                                     \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2) name(const Arguments a) { \
+        up<N>(a);                                                                      \
     }
 ENTRY(up_8, 1)
 ENTRY(up_16, 2)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from cascade.kernels import checks
-from cascade.kernels.compiler import Kernel
+from cascade.kernels.compiler import Kernel, multiprocessors
 from cascade.kernels.plan import Plan
 
-THREADS, TILE = 256, 16  # as in the .cu
+THREADS = 256  # as in the .cu
 RING = 8 * 8 * 2 * 32 * 16  # bytes of shared memory for weights on their way
 
 _BF16, _INT32 = (torch.bfloat16,), (torch.int32,)
@@ -42,7 +42,7 @@ def experts_up(x: Tensor, norm: Tensor, eps: float, up: Tensor, plan: Plan, inne
         return
     _KERNELS[plan.item_tokens].launch(
         device,
-        (-(-width // TILE), held, 1),
+        (multiprocessors(device), 1, 1),
         (THREADS, 1, 1),
         (
             address,

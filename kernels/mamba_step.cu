@@ -29,7 +29,7 @@ struct Arguments {
     long long stride, length, slots_held, sources_held, entries_held, heads, groups, min_step;
 };
 
-constexpr int TAPS = 4, QUERIES = 8;
+constexpr int TAPS = 4;
 
 __device__ __forceinline__ float silu(float x) { return x / (1.f + __expf(-x)); }
 
@@ -59,9 +59,10 @@ struct Channel {
 // blockDim = 4 P; grid = (H, R). A group of four threads owns row p of the head's state, each a
 // quarter of its N columns in pieces of four. The convolution runs over the head's x and its group's
 // B and C, P + 2 N channels: at most two a thread.
-// shared, fp32: x [E, P], B [E, N], C [QUERIES, N], weight [QUERIES, E], sum [E], dt [E],
-// squares [QUERIES, warps]; E = entries held
-template <typename State, int N>
+// QUERIES tokens are read out at once.
+// shared, fp32: C [QUERIES, N], weight [QUERIES, E], sum [E], dt [E], squares [QUERIES, warps]; then
+// bf16: x [E, P], B [E, N]; E = entries held
+template <typename State, int N, int QUERIES>
 __device__ __forceinline__ void step(const Arguments& a) {
     constexpr int PIECES = N / 16;
     extern __shared__ float4 given[];
@@ -78,13 +79,13 @@ __device__ __forceinline__ void step(const Arguments& a) {
                         source < a.sources_held && old >= 0 && count > 0 && old + count <= held;
     const int p = thread / 4, quarter = thread % 4;
 
-    float* const x = reinterpret_cast<float*>(given);
-    float* const write = x + held * rows;
-    float* const read = write + held * N;
+    float* const read = reinterpret_cast<float*>(given);
     float* const weight = read + QUERIES * N;
     float* const sum = weight + QUERIES * held;
     float* const steps = sum + held;
     float* const partial = steps + held;
+    bf16* const x = reinterpret_cast<bf16*>(partial + QUERIES * warps);
+    bf16* const write = x + held * rows;
     const bf16* const projected = a.projected + token * a.stride;
     bf16* const inputs = a.inputs + source * held * channels;
     bf16* const outputs = a.scanned + source * held * width;
@@ -123,8 +124,8 @@ __device__ __forceinline__ void step(const Arguments& a) {
         for (int i = 0; i < PIECES; i++) h[i] = load_four(own + i * 16);
         for (int j = warp; j < old; j += warps) {
             const bf16* const entry = outputs + (long long)j * width;
-            for (int c = lane; c < rows; c += 32) x[j * rows + c] = widen(entry[head * rows + c]);
-            for (int n = lane; n < N; n += 32) write[j * N + n] = widen(entry[inner + group * N + n]);
+            for (int c = lane; c < rows; c += 32) x[j * rows + c] = entry[head * rows + c];
+            for (int n = lane; n < N; n += 32) write[j * N + n] = entry[inner + group * N + n];
         }
         for (int j = thread; j < old; j += threads) steps[j] = dt[(long long)j * heads];
         pair[0] = open(thread), pair[1] = open(thread + threads);
@@ -146,9 +147,10 @@ __device__ __forceinline__ void step(const Arguments& a) {
 
     for (int first = 0; first < present; first += QUERIES) {
         const int last = min(first + QUERIES, present);
-        float gate[QUERIES / 4];  // of every fourth token; the other three threads have the others
+        constexpr int GATES = (QUERIES + 3) / 4;
+        float gate[GATES];  // of every fourth token; the other three threads have the others
 #pragma unroll
-        for (int i = 0; i < QUERIES / 4; i++) {
+        for (int i = 0; i < GATES; i++) {
             const int t = first + i * 4 + quarter;
             gate[i] = t < last ? widen(projected[t * a.stride + head * rows + p]) : 0.f;
         }
@@ -163,9 +165,9 @@ __device__ __forceinline__ void step(const Arguments& a) {
                 const int c = thread + i * threads;
                 if (!pair[i].there) continue;
                 if (c < rows)
-                    x[entry * rows + c] = widen(value);
+                    x[entry * rows + c] = value;
                 else if (c < rows + N)
-                    write[entry * N + c - rows] = widen(value);
+                    write[entry * N + c - rows] = value;
                 else
                     read[(t - first) * N + c - rows - N] = widen(value);
                 if (c >= rows && !first_of_group) continue;
@@ -195,7 +197,7 @@ __device__ __forceinline__ void step(const Arguments& a) {
             float own[N / 16];  // lane's columns of B_j, at most N / 32 of them
 #pragma unroll
             for (int i = 0; i < (N + 31) / 32; i++)
-                own[i] = i * 32 + lane < N ? write[j * N + i * 32 + lane] : 0.f;
+                own[i] = i * 32 + lane < N ? widen(write[j * N + i * 32 + lane]) : 0.f;
             for (int t = max(first, j - old); t < last; t++) {
                 float dot = 0.f;
 #pragma unroll
@@ -221,11 +223,11 @@ __device__ __forceinline__ void step(const Arguments& a) {
             }
             y *= __expf(sum[now]);
             for (int j = quarter; j <= now; j += 4)
-                y = fmaf(weight[(t - first) * held + j], x[j * rows + p], y);
+                y = fmaf(weight[(t - first) * held + j], widen(x[j * rows + p]), y);
             y += __shfl_xor_sync(~0u, y, 1);
             y += __shfl_xor_sync(~0u, y, 2);
-            y = fmaf(skip, x[now * rows + p], y);
-            const float mine = (t - first) / 4 ? gate[1] : gate[0];
+            y = fmaf(skip, widen(x[now * rows + p]), y);
+            const float mine = gate[GATES == 1 ? 0 : (t - first) / 4 ? GATES - 1 : 0];
             y *= silu(__shfl_sync(~0u, mine, (lane & ~3) + (t - first) % 4));
             if (quarter == 0) a.out[(token + t) * inner + head * rows + p] = (bf16)narrow(y);
             float square = quarter == 0 ? y * y : 0.f;
@@ -242,15 +244,18 @@ __device__ __forceinline__ void step(const Arguments& a) {
     }
 }
 
-#define ENTRY(name, State, N)                                                              \
-    extern "C" __global__ void __launch_bounds__(256, 3) name(const Arguments a) {         \
-        step<State, N>(a);                                                                 \
+#define ENTRY(State, name, N)                                                                  \
+    extern "C" __global__ void __launch_bounds__(256, 4) decode_##name##_##N(const Arguments a) { \
+        step<State, N, 1>(a);                                                                  \
+    }                                                                                          \
+    extern "C" __global__ void __launch_bounds__(256, 3) verify_##name##_##N(const Arguments a) { \
+        step<State, N, 8>(a);                                                                  \
     }
-ENTRY(step_f32_128, float, 128)
-ENTRY(step_f32_64, float, 64)
-ENTRY(step_f32_32, float, 32)
-ENTRY(step_f32_16, float, 16)
-ENTRY(step_bf16_128, bf16, 128)
-ENTRY(step_bf16_64, bf16, 64)
-ENTRY(step_bf16_32, bf16, 32)
-ENTRY(step_bf16_16, bf16, 16)
+ENTRY(float, f32, 128)
+ENTRY(float, f32, 64)
+ENTRY(float, f32, 32)
+ENTRY(float, f32, 16)
+ENTRY(bf16, bf16, 128)
+ENTRY(bf16, bf16, 64)
+ENTRY(bf16, bf16, 32)
+ENTRY(bf16, bf16, 16)

@@ -8,14 +8,18 @@ from torch import Tensor
 from cascade.kernels import checks
 from cascade.kernels.compiler import Kernel
 
-TAPS, QUERIES = 4, 8  # as in the .cu
+TAPS = 4  # as in the .cu
+QUERIES = {"decode": 1, "verify": 8}  # tokens read out at once
 SIZES = (16, 32, 64, 128)  # state sizes N
 LARGEST_SHARED = 200 * 1024
 
 _BF16, _FP32 = (torch.bfloat16,), (torch.float32,)
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _KERNELS = {
-    (state, size): Kernel("mamba_step", f"step_{_NAMES[state]}_{size}", 25, overlaps=True)
+    (route, state, size): Kernel(
+        "mamba_step", f"{route}_{_NAMES[state]}_{size}", 25, overlaps=True
+    )
+    for route in QUERIES
     for state in checks.STORED
     for size in SIZES
 }
@@ -26,10 +30,10 @@ def largest_size(head_dim: int) -> int:
     return 7 * head_dim // 2
 
 
-def shared_bytes(entries: int, head_dim: int, size: int) -> int:
+def shared_bytes(entries: int, head_dim: int, size: int, queries: int = 8) -> int:
     """Shared memory of a block for journals of `entries` tokens."""
-    numbers = entries * (head_dim + size) + QUERIES * size + QUERIES * entries + 2 * entries
-    return 4 * (numbers + QUERIES * (-(-4 * head_dim // 32)))
+    numbers = queries * (size + entries + -(-4 * head_dim // 32)) + 2 * entries
+    return 4 * numbers + 2 * entries * (head_dim + size)
 
 
 def mamba_step(
@@ -76,7 +80,8 @@ def mamba_step(
     checks.within("the number of taps", conv.shape[-1], TAPS, TAPS)
     checks.multiple("the number of tokens", tokens, max(rows, 1))
     address, stride = checks.strided("projected", projected, _BF16, (tokens, columns))
-    shared = shared_bytes(held, head_dim, size)
+    route = "decode" if tokens == rows else "verify"
+    shared = shared_bytes(held, head_dim, size, QUERIES[route])
     checks.within("the journal's entries J, by shared memory,", shared, 0, LARGEST_SHARED)
     lines = sources_held, held
     states = checks.array("state", state, checks.STORED, state.shape)
@@ -106,7 +111,7 @@ def mamba_step(
     )  # fmt: skip
     if not (rows and tokens and heads):
         return
-    _KERNELS[state.dtype, size].launch(
+    _KERNELS[route, state.dtype, size].launch(
         device,
         (heads, rows, 1),
         (4 * head_dim, 1, 1),

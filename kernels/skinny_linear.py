@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from cascade.kernels import checks
-from cascade.kernels.compiler import Kernel
+from cascade.kernels.compiler import Kernel, multiprocessors
 from cascade.kernels.reference_decode import Kind
 
 PARTS = 3  # as in the .cu
 THREADS = 256
-TILE = 16  # rows of weights a block
+WARPS, STEP = 8, 32
 RING = 8 * 8 * 2 * 32 * 16  # bytes of shared memory for weights on their way
 WIDTHS = (8, 16, 32)  # tokens at once
 LARGEST_GROUPS = 64  # whose factors fit into shared memory
@@ -21,10 +21,8 @@ LARGEST_GROUPS = 64  # whose factors fit into shared memory
 _BF16, _FP32 = (torch.bfloat16,), (torch.float32,)
 _CODES = {"store": 0, "relu2": 2, "add": 3}
 _KERNELS = {
-    (norm, width): Kernel(
-        "skinny_linear", f"{norm}_{width}", 3 + 6 * PARTS + 6, overlaps=True
-    )
-    for norm in ("plain", "whole", "groups")
+    (norm, width): Kernel("skinny_linear", f"{norm}_{width}", 3 + 6 * PARTS + 6, overlaps=True)
+    for norm in ("none", "whole", "warpwise", "given")
     for width in WIDTHS
 }
 
@@ -41,12 +39,13 @@ def skinny_linear(
 ) -> None:
     """Up to three products of few tokens with weights that are read once, in one launch.
 
-    See reference_decode.norm_linear. bf16, outs also fp32 (`store`). K and all strides must be
-    multiples of 8; with a norm of several groups their squares must be given.
+    See reference_decode.norm_linear. bf16, outs also fp32 (`store`); at most 32 tokens. K and all
+    strides must be multiples of 8; with a norm of several groups their squares must be given.
     """
     tokens, depth = checks.sizes("x", x, "n K")
     x_address, x_stride = checks.strided("x", x, _BF16, (tokens, depth))
     checks.multiple("the depth K", depth, 8)
+    checks.within("the number of tokens", tokens, 0, WIDTHS[-1])
     checks.within("the number of weights", len(weights), 1, PARTS)
     checks.within("the number of outs", len(outs), len(weights), len(weights))
     checks.within("the number of kinds", len(kinds), len(weights), len(weights))
@@ -91,11 +90,16 @@ def skinny_linear(
     device = checks.one_gpu(*tensors)
     if not (tokens and depth and any(rows)):
         return
-    width = next((w for w in WIDTHS if tokens <= w), WIDTHS[-1])
-    mode = "plain" if norm is None else "whole" if squares is None else "groups"
+    width = next(w for w in WIDTHS if tokens <= w)
+    if norm is None:
+        mode = "none"
+    elif groups == 1:
+        mode = "whole"
+    else:
+        mode = "warpwise" if groups == WARPS and not depth % (WARPS * STEP) else "given"
     _KERNELS[mode, width].launch(
         device,
-        (sum(-(-height // TILE) for height in rows), 1, 1),
+        (multiprocessors(device), 1, 1),
         (THREADS, 1, 1),
         (
             x_address,
@@ -114,5 +118,5 @@ def skinny_linear(
             summands,
             checks.float_bits(eps),
         ),
-        RING + (4 * width * groups if sums else 0),
+        RING + (4 * width * groups if mode == "given" else 0),
     )

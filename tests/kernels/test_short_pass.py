@@ -57,8 +57,8 @@ def assert_near(got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("norm", ["none", "whole", "groups"])
-@pytest.mark.parametrize("depth", [24, 264, 1000])
-@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 17, 33])
+@pytest.mark.parametrize("depth", [24, 264, 512, 1000])
+@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 17, 32])
 def test_skinny_linear(short: Any, device: str, tokens: int, depth: int, norm: str) -> None:
     x = normal(tokens, depth + 8, device=device)[:, :depth]
     weights = [prefix(40, depth, device), prefix(17, depth, device), prefix(5, depth, device)]
@@ -72,7 +72,7 @@ def test_skinny_linear(short: Any, device: str, tokens: int, depth: int, norm: s
     if norm != "none":
         options = {"norm": normal(depth, device=device), "eps": 1e-5}
     if norm == "groups":
-        groups = 3 if depth == 264 else 1
+        groups = {264: 3, 512: 8}.get(depth, 1)
         squares = x.float().unflatten(-1, (2 * groups, -1)).pow(2).sum(-1)
         options |= {"groups": groups, "squares": squares.contiguous()}
     expected = [wide(out.clone()) for out in outs]

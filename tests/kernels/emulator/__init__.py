@@ -10,6 +10,7 @@ import ctypes
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from cascade.kernels import checks, compiler
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
+MULTIPROCESSORS = 3
 
 _DYNAMIC = re.compile(r"extern __shared__ (\w+) (\w+)\[\];")
 
@@ -53,6 +55,9 @@ class Emulator:
 
         patch.setattr(compiler.Kernel, "launch", launch)
         patch.setattr(checks, "one_gpu", lambda *tensors: 0)
+        for module in list(sys.modules.values()):
+            if hasattr(module, "multiprocessors"):
+                patch.setattr(module, "multiprocessors", lambda device: MULTIPROCESSORS)
 
     def _launch(
         self,
