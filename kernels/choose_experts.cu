@@ -15,8 +15,8 @@ struct Arguments {
     int* counts;            // [2]: items, distinct experts
     int* pair_token;        // [tokens * top_k], by expert, then by token
     float* pair_weight;
-    int* chosen;            // [tokens * top_k], scratch
-    float* shares;          // likewise
+    int* places;            // [tokens, top_k]: pair of each choice, below zero for none
+    float* shares;          // [tokens, top_k]: weights
     unsigned* bits;         // [experts, words of 32 tokens], zero before and after
     unsigned* arrived;      // [1], likewise
     long long length, tokens, experts, top_k, item_tokens, items_held, normalise, scale;
@@ -48,18 +48,23 @@ extern "C" __global__ void __launch_bounds__(THREADS) choose(const Arguments a) 
     __shared__ int pairs_before[MOST];
     __shared__ u64 warps[MOST / 32];
     __shared__ bool is_last;
+    __shared__ unsigned own_bits[MOST];
+    const bool alone = gridDim.x == 1;  // a block that needs no memory to speak with others
+    unsigned* const bits = alone ? own_bits : a.bits;
     const int tokens = (int)a.tokens, experts = (int)a.experts, top_k = (int)a.top_k;
     const int words = (tokens + 31) / 32, thread = threadIdx.x, lane = thread % 32;
     float bias[EACH];
 #pragma unroll
     for (int i = 0; i < EACH; i++) bias[i] = i * 32 + lane < experts ? a.bias[i * 32 + lane] : 0.f;
+    if (alone) own_bits[thread] = 0;
     wait_for_inputs();
     let_next_start();
+    __syncthreads();
 
     const float scale = __int_as_float((int)a.scale);
     const int token = blockIdx.x * (THREADS / 32) + thread / 32;
     const bool counts = token < tokens && token % (int)a.length < a.rows[token / (int)a.length];
-    if (token < tokens && !counts && lane < top_k) a.chosen[token * top_k + lane] = -1;
+    if (token < tokens && !counts && lane < top_k) a.places[token * top_k + lane] = -1;
     if (counts) {
         float score[EACH];
         unsigned key[EACH];
@@ -89,24 +94,27 @@ extern "C" __global__ void __launch_bounds__(THREADS) choose(const Arguments a) 
             total += value;
             if (lane == j) {
                 own = value;
-                a.chosen[token * top_k + j] = at;
-                atomicOr(&a.bits[at * words + token / 32], 1u << token % 32);
+                a.places[token * top_k + j] = at;
+                atomicOr(&bits[at * words + token / 32], 1u << token % 32);
             }
         }
         if (lane < top_k)
             a.shares[token * top_k + lane] = (a.normalise ? own / (total + 1e-20f) : own) * scale;
     }
-    __threadfence();
+    if (!alone) {
+        __threadfence();
+        __syncthreads();
+        if (thread == 0) is_last = atomicInc(a.arrived, gridDim.x - 1) == gridDim.x - 1;
+        __syncthreads();
+        if (!is_last) return;
+        __threadfence();
+    }
     __syncthreads();
-    if (thread == 0) is_last = atomicInc(a.arrived, gridDim.x - 1) == gridDim.x - 1;
-    __syncthreads();
-    if (!is_last) return;
-    __threadfence();
 
-    const volatile unsigned* const bits = a.bits;
+    const volatile unsigned* const set = bits;
     int mine = 0;
     if (thread < experts)
-        for (int word = 0; word < words; word++) mine += __popc(bits[thread * words + word]);
+        for (int word = 0; word < words; word++) mine += __popc(set[thread * words + word]);
     const int items = (mine + (int)a.item_tokens - 1) / (int)a.item_tokens;
     u64 sum = Counted(mine, items, mine > 0).value;
     for (int distance = 1; distance < 32; distance *= 2) {
@@ -132,14 +140,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) choose(const Arguments a) 
     }
     __syncthreads();
     for (int i = thread; i < tokens * top_k; i += THREADS) {
-        const int token = i / top_k, expert = ((const volatile int*)a.chosen)[i];
+        const int token = i / top_k, expert = ((const volatile int*)a.places)[i];
         if (expert < 0) continue;
         int place = pairs_before[expert];
-        for (int word = 0; word < token / 32; word++) place += __popc(bits[expert * words + word]);
-        place += __popc(bits[expert * words + token / 32] & ((1u << token % 32) - 1));
+        for (int word = 0; word < token / 32; word++) place += __popc(set[expert * words + word]);
+        place += __popc(set[expert * words + token / 32] & ((1u << token % 32) - 1));
+        a.places[i] = place;
         a.pair_token[place] = token;
         a.pair_weight[place] = ((const volatile float*)a.shares)[i];
     }
+    if (alone) return;
     __syncthreads();
     for (int i = thread; i < experts * words; i += THREADS) a.bits[i] = 0;
 }

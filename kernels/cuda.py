@@ -17,7 +17,7 @@ from cascade.kernels.choose_experts import choose_experts
 from cascade.kernels.conv_commit import conv_commit
 from cascade.kernels.embed_tokens import embed_tokens
 from cascade.kernels.experts_down import experts_down
-from cascade.kernels.experts_up import experts_up
+from cascade.kernels.experts_product import experts_up
 from cascade.kernels.fork_copy import fork_copy
 from cascade.kernels.journal_keep import journal_keep
 from cascade.kernels.kv_compact import kv_compact

@@ -192,19 +192,23 @@ def choose_experts(
     if normalise:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     weights = weights * scale
-    of_expert: dict[int, list[tuple[int, float]]] = {}
+    plan.shares.copy_(weights.flatten())
+    plan.places.fill_(-1)
+    of_expert: dict[int, list[tuple[int, int, float]]] = {}
     for token, (row, shares) in enumerate(zip(chosen.tolist(), weights.tolist(), strict=True)):
         if token % length < counts[token // length]:
-            for expert, share in zip(row, shares, strict=True):
-                of_expert.setdefault(expert, []).append((token, share))
+            for choice, (expert, share) in enumerate(zip(row, shares, strict=True)):
+                of_expert.setdefault(expert, []).append((token, token * top_k + choice, share))
     item = pair = 0
     for expert in sorted(of_expert):
         members = of_expert[expert]
         for begin in range(0, len(members), plan.item_tokens):
             part = members[begin : begin + plan.item_tokens]
             plan.items[:, item] = torch.tensor([expert, pair, len(part)])
-            plan.tokens[pair : pair + len(part)] = torch.tensor([token for token, _ in part])
-            plan.weights[pair : pair + len(part)] = torch.tensor([share for _, share in part])
+            span = slice(pair, pair + len(part))
+            plan.tokens[span] = torch.tensor([token for token, _, _ in part])
+            plan.weights[span] = torch.tensor([share for _, _, share in part])
+            plan.places[[choice for _, choice, _ in part]] = torch.arange(pair, pair + len(part)).int()
             item, pair = item + 1, pair + len(part)
     plan.counts.copy_(torch.tensor([item, len(of_expert)]))
 

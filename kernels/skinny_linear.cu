@@ -3,7 +3,7 @@
 
 constexpr int PARTS = 3;
 enum Kind { STORE, STORE_F32, RELU2, ADD };
-// Of x: none; over all columns; over groups of columns, one group a warp; over any groups, whose sums
+// Of x: none; over all columns; over groups of columns, one for each warp; over any groups, whose sums
 // of squares are given.
 enum Norm { NONE, WHOLE, WARPWISE, GIVEN };
 
@@ -78,21 +78,26 @@ __device__ __forceinline__ void product(const Arguments& a) {
     const float eps = __int_as_float((int)a.eps);
     long long total = 0;
     for (int part = 0; part < PARTS; part++) total += a.rows[part];
-    int begin, end;
-    share_of((depth + STEP - 1) / STEP, begin, end);
+    // With a group for each warp the columns of a warp are those of its group.
+    const int steps = NORM == WARPWISE ? depth / (WARPS * STEP) : share_of(depth);
+    const auto column = [&](int step) {
+        return NORM == WARPWISE
+                   ? ((int)threadIdx.x / 32 * steps + step) * STEP + (int)threadIdx.x % 4 * 8
+                   : column_of(step);
+    };
 
     Ring ring(shared);
     Walk ahead(total, total);
     Tile coming = {0, 0};
     Lines lines = {nullptr, nullptr};
-    int step = end;
+    int step = steps;
     const auto more = [&] {
-        if (step >= end) {
+        if (step >= steps) {
             coming = ahead.next();
             lines = {line_of(a, coming, g), line_of(a, coming, g + 8)};
-            step = begin;
+            step = 0;
         }
-        ring.issue(lines, step, coming.height && step < end, depth);
+        ring.issue(lines, column(step), coming.height && step < steps, depth);
         step++;
     };
 #pragma unroll 1
@@ -122,19 +127,19 @@ __device__ __forceinline__ void product(const Arguments& a) {
         float sum[N][4] = {};
         if constexpr (NORM == NONE) {
             Plain plain;
-            multiply(sum, ring, x, begin, end, depth, plain, more);
+            multiply(sum, ring, x, 0, steps, depth, plain, column, more);
         } else if constexpr (NORM == GIVEN) {
             Grouped<N> grouped{a.norm, factors, (int)a.groups, depth / (int)a.groups};
-            multiply(sum, ring, x, begin, end, depth, grouped, more);
+            multiply(sum, ring, x, 0, steps, depth, grouped, column, more);
         } else {
             Normed<N> normed(a.norm);
-            multiply(sum, ring, x, begin, end, depth, normed, more);
+            multiply(sum, ring, x, 0, steps, depth, normed, column, more);
             if constexpr (NORM == WHOLE) gathered[turn].put_squares(normed.squares);
             if constexpr (NORM == WARPWISE) {
 #pragma unroll
                 for (int n = 0; n < N; n++) {
                     const float squares = over_four(normed.squares[n]);
-                    const float factor = rsqrtf(squares / ((end - begin) * STEP) + eps);
+                    const float factor = rsqrtf(squares / (steps * STEP) + eps);
                     const float first = __shfl_sync(~0u, factor, lane % 4 * 8);
                     const float second = __shfl_sync(~0u, factor, lane % 4 * 8 + 4);
                     sum[n][0] *= first, sum[n][1] *= second, sum[n][2] *= first, sum[n][3] *= second;
@@ -153,7 +158,8 @@ __device__ __forceinline__ void product(const Arguments& a) {
 }
 
 #define ENTRY(name, N, NORM)                                                           \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) name(const Arguments a) { \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS(N)) \
+        name(const Arguments a) {                                                      \
         product<N, NORM>(a);                                                           \
     }
 ENTRY(none_8, 1, NONE)

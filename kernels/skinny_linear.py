@@ -7,14 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cascade.kernels import checks
-from cascade.kernels.compiler import Kernel, multiprocessors
+from cascade.kernels import checks, tile_stream
+from cascade.kernels.compiler import Kernel
 from cascade.kernels.reference_decode import Kind
 
 PARTS = 3  # as in the .cu
 THREADS = 256
 WARPS, STEP = 8, 32
-RING = 8 * 8 * 2 * 32 * 16  # bytes of shared memory for weights on their way
 WIDTHS = (8, 16, 32)  # tokens at once
 LARGEST_GROUPS = 64  # whose factors fit into shared memory
 
@@ -99,7 +98,7 @@ def skinny_linear(
         mode = "warpwise" if groups == WARPS and not depth % (WARPS * STEP) else "given"
     _KERNELS[mode, width].launch(
         device,
-        (multiprocessors(device), 1, 1),
+        (tile_stream.blocks(device, width, sum(rows)), 1, 1),
         (THREADS, 1, 1),
         (
             x_address,
@@ -118,5 +117,5 @@ def skinny_linear(
             summands,
             checks.float_bits(eps),
         ),
-        RING + (4 * width * groups if mode == "given" else 0),
+        tile_stream.RING + (4 * width * groups if mode == "given" else 0),
     )

@@ -14,9 +14,10 @@
 
 constexpr int TILE = 16;   // rows of weights
 constexpr int STEP = 32;   // columns of two mma
-constexpr int STAGES = 8;  // steps of weights under way, for each warp
+constexpr int STAGES = 4;  // steps of weights under way, for each warp
 constexpr int WARPS = 8;
 constexpr int THREADS = 32 * WARPS;
+#define BLOCKS(N) (N == 1 ? 3 : 2)  // on a multiprocessor, at most
 constexpr int RING = WARPS * STAGES * 2 * 32;  // pieces of 16 bytes
 
 // Rows g and g + 8 of a tile; null where there is no such row.
@@ -46,11 +47,14 @@ struct Walk {
     }
 };
 
-// The steps of a warp: an equal share of all, in the order of memory.
-__device__ __forceinline__ void share_of(int steps, int& begin, int& end) {
-    const int warp = threadIdx.x / 32, each = (steps + WARPS - 1) / WARPS;
-    begin = min(warp * each, steps);
-    end = min(begin + each, steps);
+// The steps of a warp: every WARPS-th, so that the warps of a block read one stretch of memory.
+__device__ __forceinline__ int share_of(int depth) {
+    return ((depth + STEP - 1) / STEP - (int)threadIdx.x / 32 + WARPS - 1) / WARPS;
+}
+
+// The first of this lane's columns in a step of its warp.
+__device__ __forceinline__ int column_of(int step) {
+    return (step * WARPS + (int)threadIdx.x / 32) * STEP + threadIdx.x % 4 * 8;
 }
 
 // Weights under way: a lane copies what it will multiply itself, so nobody waits for anybody.
@@ -61,10 +65,9 @@ struct Ring {
     __device__ __forceinline__ explicit Ring(uint4* shared)
         : own(shared + threadIdx.x / 32 * STAGES * 64 + threadIdx.x % 32), issued(0), used(0) {}
 
-    // Start the copies of one step, or of nothing.
-    __device__ __forceinline__ void issue(const Lines& lines, int step, bool is_there, int depth) {
+    // Start the copies of columns [k, k + 8), or of nothing.
+    __device__ __forceinline__ void issue(const Lines& lines, int k, bool is_there, int depth) {
         if (is_there) {
-            const int k = step * STEP + threadIdx.x % 4 * 8;
             uint4* const to = own + issued++ % STAGES * 64;
             copy_async(to, lines.low + k, lines.low && k < depth);
             copy_async(to + 32, lines.high + k, lines.high && k < depth);
@@ -85,12 +88,12 @@ template <int N, int STEPS>
 struct Tokens {
     uint4 v[STEPS][N], norm[STEPS];
 
-    template <typename Prepare>
+    template <typename Prepare, typename Column>
     __device__ __forceinline__ void load(const bf16* const (&x)[N], int first, int end, int depth,
-                                         const Prepare& prepare) {
+                                         const Prepare& prepare, Column column) {
 #pragma unroll
         for (int i = 0; i < STEPS; i++) {
-            const int k = (first + i) * STEP + threadIdx.x % 4 * 8;
+            const int k = column(first + i);
             const bool inside = first + i < end && k < depth;
             norm[i] = prepare.norm_at(k, inside);
 #pragma unroll
@@ -101,21 +104,23 @@ struct Tokens {
     }
 };
 
-// sum += weights * prepare(tokens) over steps [begin, end); `more` starts the copies of another step.
-template <int N, typename Prepare, typename More>
+// sum += weights * prepare(tokens) over steps [begin, end), whose columns are column(step); `more`
+// starts the copies of another step.
+template <int N, typename Prepare, typename Column, typename More>
 __device__ __forceinline__ void multiply(float (&sum)[N][4], Ring& ring, const bf16* const (&x)[N],
-                                         int begin, int end, int depth, Prepare& prepare, More more) {
-    constexpr int STEPS = N <= 2 ? 4 : 1;
+                                         int begin, int end, int depth, Prepare& prepare,
+                                         Column column, More more) {
+    constexpr int STEPS = N == 1 ? 4 : N == 2 ? 2 : 1;
 #pragma unroll 1
     for (int first = begin; first < end; first += STEPS) {
         Tokens<N, STEPS> tokens;
-        tokens.load(x, first, end, depth, prepare);
+        tokens.load(x, first, end, depth, prepare, column);
 #pragma unroll
         for (int i = 0; i < STEPS; i++) {
             if (first + i >= end) break;
             uint4 low, high;
             ring.take(low, high);
-            const int k = (first + i) * STEP + threadIdx.x % 4 * 8;
+            const int k = column(first + i);
 #pragma unroll
             for (int n = 0; n < N; n++) {
                 const uint4 u = prepare(n, tokens.v[i][n], tokens.norm[i], k);

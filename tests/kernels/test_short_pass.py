@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cascade.kernels import checks
+from cascade.kernels import checks, mamba_decode
 from cascade.kernels import reference_decode as reference
 from cascade.kernels.plan import Plan
 
@@ -138,7 +138,10 @@ def test_pick_tokens(short: Any, device: str) -> None:
 # ---- the layers between the products -----------------------------------------------------------
 
 
-@pytest.mark.parametrize(("rows", "length", "old"), [(1, 1, 0), (3, 1, 5), (2, 9, 3), (3, 20, 4)])
+@pytest.mark.parametrize(
+    ("rows", "length", "old", "blocks"),
+    [(1, 1, 0, 128), (3, 1, 5, 128), (3, 1, 5, 1), (2, 9, 3, 128), (3, 20, 4, 128)],
+)
 @pytest.mark.parametrize(
     ("heads", "dim", "size", "groups", "state_dtype"),
     [(4, 32, 32, 1, F32), (8, 8, 16, 2, F32), (4, 64, 128, 2, BF16), (4, 24, 64, 4, F32)],
@@ -154,7 +157,10 @@ def test_mamba_step(
     rows: int,
     length: int,
     old: int,
+    blocks: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(mamba_decode, "BLOCKS", blocks)
     held, slots_held = 26, rows + 2
     inner, channels = heads * dim, heads * dim + 2 * groups * size
     width, columns = inner + groups * size, inner + channels + heads
@@ -305,8 +311,14 @@ def test_experts(
         dense = normal(tokens, shared, device=device), prefix(depth, shared, device)
     result = wide(x.clone())
     reference.experts_down(result, wide(inner), wide(down), expected, *wide(dense))
-    short.experts_down(x, inner, down, plan, *dense)
+    before, apart = x.clone(), unwritten(tokens * top_k, depth, device=device, dtype=F32)
+    short.experts_sum(x, inner, down, plan, *dense)
     assert_near([x], [result])
+    short.experts_pairs(inner, down, plan, apart)
+    short.combine_pairs(before, apart, plan)
+    if shared:
+        before += (wide(dense[0]) @ wide(dense[1]).T).to(BF16)
+    assert_near([before], [wide(x)])
 
 
 def test_choose_experts_survives_logits_that_are_no_numbers(short: Any, device: str) -> None:

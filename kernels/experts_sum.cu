@@ -62,6 +62,7 @@ __device__ __forceinline__ void down(const Arguments& a) {
     const int first_step = (int)((long long)plan.total * warp / WARPS);
     const int last_step = (int)((long long)plan.total * (warp + 1) / WARPS);
 
+    const auto column = [](int step) { return step * STEP + (int)threadIdx.x % 4 * 8; };
     Ring ring(shared);
     Walk ahead(a.hidden, a.hidden);
     Tile coming = ahead.next();
@@ -86,7 +87,7 @@ __device__ __forceinline__ void down(const Arguments& a) {
             }
             step = piece.begin;
         }
-        ring.issue(lines, step, step < piece.end, depth_ahead);
+        ring.issue(lines, column(step), step < piece.end, depth_ahead);
         step++;
     };
 #pragma unroll 1
@@ -111,7 +112,7 @@ __device__ __forceinline__ void down(const Arguments& a) {
                 x[n] = n * 8 + g < count ? source + (first + n * 8 + g) * depth : nullptr;
             float sum[N][4] = {};
             Plain plain;
-            multiply(sum, ring, x, now.begin, now.end, depth, plain, more);
+            multiply(sum, ring, x, now.begin, now.end, depth, plain, column, more);
 #pragma unroll
             for (int n = 0; n < N; n++)
 #pragma unroll
@@ -142,7 +143,8 @@ __device__ __forceinline__ void down(const Arguments& a) {
 }
 
 #define ENTRY(name, N)                                                                 \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) name(const Arguments a) { \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS(N)) \
+        name(const Arguments a) {                                                      \
         down<N>(a);                                                                    \
     }
 ENTRY(down_8, 1)
