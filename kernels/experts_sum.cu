@@ -53,7 +53,7 @@ struct Plan {
 template <int N>
 __device__ __forceinline__ void down(const Arguments& a) {
     extern __shared__ uint4 shared[];
-    float* const sums = reinterpret_cast<float*>(shared + RING);
+    float* const sums = reinterpret_cast<float*>(shared + Ring::PIECES);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
     const int tokens = (int)a.tokens;
     float* const own = sums + warp * tokens * TILE;

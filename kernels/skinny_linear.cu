@@ -73,7 +73,7 @@ template <int N, Norm NORM>
 __device__ __forceinline__ void product(const Arguments& a) {
     __shared__ Gathered<N> gathered[2];
     extern __shared__ uint4 shared[];
-    float* const factors = reinterpret_cast<float*>(shared + RING);
+    float* const factors = reinterpret_cast<float*>(shared + Ring::PIECES);
     const int depth = (int)a.depth, lane = threadIdx.x % 32, g = lane / 4;
     const float eps = __int_as_float((int)a.eps);
     long long total = 0;

@@ -18,7 +18,6 @@ constexpr int STAGES = 4;  // steps of weights under way, for each warp
 constexpr int WARPS = 8;
 constexpr int THREADS = 32 * WARPS;
 #define BLOCKS(N) (N == 1 ? 3 : 2)  // on a multiprocessor, at most
-constexpr int RING = WARPS * STAGES * 2 * 32;  // pieces of 16 bytes
 
 // Rows g and g + 8 of a tile; null where there is no such row.
 struct Lines {
@@ -59,6 +58,8 @@ __device__ __forceinline__ int column_of(int step) {
 
 // Weights under way: a lane copies what it will multiply itself, so nobody waits for anybody.
 struct Ring {
+    static constexpr int PIECES = WARPS * STAGES * 2 * 32;  // of 16 bytes, for a block
+
     uint4* own;
     int issued, used;
 
