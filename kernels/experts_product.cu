@@ -10,23 +10,25 @@ struct Arguments {
     const int* items;   // [3, items held]: expert, first pair, pairs
     const int* counts;
     const int* pair_token;
-    long long x_stride, depth, width, expert_stride, row_stride, items_held, eps;
+    long long x_stride, depth, width, expert_stride, row_stride, items_held, eps, team;
 };
 
-// grid = (multiprocessors), which share the rows of all items; shared: the ring
+// grid = (blocks that share the rows of all items); shared: the ring
 template <int N, bool UP>
 __device__ __forceinline__ void product(const Arguments& a) {
     __shared__ Gathered<N> gathered[2];
     extern __shared__ uint4 shared[];
     const int depth = (int)a.depth, lane = threadIdx.x % 32, g = lane / 4;
     const float eps = __int_as_float((int)a.eps);
-    const int steps = share_of(depth);
+    const Team team((int)a.team);
+    const int width = (int)a.width, steps = team.steps(depth);
+    const auto column = [&](int step) { return team.column(step); };
     wait_for_inputs();
     let_next_start();
-    const long long total = a.counts[0] * a.width;
+    const int total = a.counts[0] * width;
 
     Ring ring(shared);
-    Walk ahead(total, a.width);
+    Walk ahead(team, total, width);
     Tile coming = {0, 0};
     Lines lines = {nullptr, nullptr};
     int step = steps;
@@ -34,24 +36,24 @@ __device__ __forceinline__ void product(const Arguments& a) {
         if (step >= steps) {
             coming = ahead.next();
             if (coming.height) {
-                const long long expert = a.items[coming.row / a.width];
+                const long long expert = a.items[coming.row / width];
                 const bf16* const first =
-                    a.weights + expert * a.expert_stride + coming.row % a.width * a.row_stride;
+                    a.weights + expert * a.expert_stride + coming.row % width * a.row_stride;
                 lines.low = g < coming.height ? first + g * a.row_stride : nullptr;
                 lines.high = g + 8 < coming.height ? first + (g + 8) * a.row_stride : nullptr;
             }
             step = 0;
         }
-        ring.issue(lines, column_of(step), coming.height && step < steps, depth);
+        ring.issue(lines, column(step), coming.height && step < steps, depth);
         step++;
     };
 #pragma unroll 1
     for (int i = 0; i < STAGES; i++) more();
 
-    Walk walk(total, a.width);
+    Walk walk(team, total, width);
     int turn = 0;
     for (Tile tile = walk.next(); tile.height; tile = walk.next(), turn ^= 1) {
-        const long long item = tile.row / a.width, place = tile.row % a.width;
+        const int item = tile.row / width, place = tile.row % width;
         const long long first = a.items[a.items_held + item];
         const int count = a.items[2 * a.items_held + item];
         const bf16* x[N];
@@ -63,21 +65,21 @@ __device__ __forceinline__ void product(const Arguments& a) {
         float sum[N][4] = {};
         if constexpr (UP) {
             Normed<N> normed(a.norm);
-            multiply(sum, ring, x, 0, steps, depth, normed, column_of, more);
+            multiply(sum, ring, x, 0, steps, depth, normed, column, more);
             gathered[turn].put_squares(normed.squares);
         } else {
             Plain plain;
-            multiply(sum, ring, x, 0, steps, depth, plain, column_of, more);
+            multiply(sum, ring, x, 0, steps, depth, plain, column, more);
         }
         gathered[turn].put(sum);
-        __syncthreads();
-        for (int i = threadIdx.x; i < N * 8 * TILE; i += THREADS) {
+        team.meet();
+        for (int i = team.thread(); i < N * 8 * TILE; i += team.threads()) {
             const int row = i % TILE, pair = i / TILE;
             if (pair >= count || row >= tile.height) continue;
-            const float value = gathered[turn].at(row, pair);
+            const float value = gathered[turn].at(team, row, pair);
             const long long to = (first + pair) * a.width + place + row;
             if constexpr (UP) {
-                const float factor = gathered[turn].factor(pair, depth, eps);
+                const float factor = gathered[turn].factor(team, pair, depth, eps);
                 static_cast<bf16*>(a.out)[to] =
                     (bf16)narrow(relu_squared(widen((bf16)narrow(value * factor))));
             } else
@@ -86,11 +88,11 @@ __device__ __forceinline__ void product(const Arguments& a) {
     }
 }
 
-#define ENTRY(name, N, UP)                                                                     \
-    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS(N)) name(const Arguments a) { \
-        product<N, UP>(a);                                                                     \
+#define ENTRY(name, N, UP, BLOCKS)                                                          \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) name(const Arguments a) { \
+        product<N, UP>(a);                                                                  \
     }
-ENTRY(up_8, 1, true)
-ENTRY(up_16, 2, true)
-ENTRY(down_8, 1, false)
-ENTRY(down_16, 2, false)
+ENTRY(up_8, 1, true, 3)
+ENTRY(up_16, 2, true, 2)
+ENTRY(down_8, 1, false, 3)
+ENTRY(down_16, 2, false, 2)

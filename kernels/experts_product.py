@@ -13,7 +13,7 @@ THREADS = 256  # as in the .cu
 
 _BF16, _INT32, _FP32 = (torch.bfloat16,), (torch.int32,), (torch.float32,)
 _KERNELS = {
-    (half, tokens): Kernel("experts_product", f"{half}_{tokens}", 14, overlaps=True)
+    (half, tokens): Kernel("experts_product", f"{half}_{tokens}", 15, overlaps=True)
     for half in ("up", "down")
     for tokens in (8, 16)
 }
@@ -72,9 +72,10 @@ def _launch(
     device = checks.one_gpu(x, weights, *plan[:3], *others)
     if not (rows and depth and width and held):
         return
+    blocks = tile_stream.blocks(device, plan.item_tokens, held * width)
     _KERNELS[half, plan.item_tokens].launch(
         device,
-        (tile_stream.blocks(device, plan.item_tokens, held * width), 1, 1),
+        (blocks, 1, 1),
         (THREADS, 1, 1),
         (
             source,
@@ -89,6 +90,7 @@ def _launch(
             row_stride,
             held,
             checks.float_bits(eps),
+            tile_stream.team(blocks, held * width),
         ),
         tile_stream.RING,
     )

@@ -49,13 +49,14 @@ struct Plan {
     }
 };
 
-// grid = (multiprocessors); shared: the ring, then sums [WARPS, tokens, TILE] fp32
+// grid = (blocks that share the channels); shared: the ring, then sums [WARPS, tokens, TILE] fp32
 template <int N>
 __device__ __forceinline__ void down(const Arguments& a) {
     extern __shared__ uint4 shared[];
     float* const sums = reinterpret_cast<float*>(shared + Ring::PIECES);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
-    const int tokens = (int)a.tokens;
+    const int tokens = (int)a.tokens, hidden = (int)a.hidden;
+    const Team team(WARPS);
     float* const own = sums + warp * tokens * TILE;
     // Written by the kernel before the one before, so there already; not what L1 has of it.
     const Plan plan = Plan::of<N>(a, fresh(a.counts));
@@ -64,7 +65,7 @@ __device__ __forceinline__ void down(const Arguments& a) {
 
     const auto column = [](int step) { return step * STEP + (int)threadIdx.x % 4 * 8; };
     Ring ring(shared);
-    Walk ahead(a.hidden, a.hidden);
+    Walk ahead(team, hidden, hidden);
     Tile coming = ahead.next();
     Piece piece = {false, 0, 0, 0};
     Lines lines = {nullptr, nullptr};
@@ -95,7 +96,7 @@ __device__ __forceinline__ void down(const Arguments& a) {
     wait_for_inputs();
     let_next_start();
 
-    Walk walk(a.hidden, a.hidden);
+    Walk walk(team, hidden, hidden);
     for (Tile tile = walk.next(); tile.height; tile = walk.next()) {
         for (int i = lane; i < tokens * TILE; i += 32) own[i] = 0.f;
         __syncwarp();
@@ -143,8 +144,7 @@ __device__ __forceinline__ void down(const Arguments& a) {
 }
 
 #define ENTRY(name, N)                                                                 \
-    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS(N)) \
-        name(const Arguments a) {                                                      \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2) name(const Arguments a) { \
         down<N>(a);                                                                    \
     }
 ENTRY(down_8, 1)

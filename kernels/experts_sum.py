@@ -70,7 +70,7 @@ def experts_sum(
         return
     _KERNELS[plan.item_tokens].launch(
         device,
-        (tile_stream.blocks(device, plan.item_tokens, hidden), 1, 1),
+        (tile_stream.blocks(device, 0, hidden), 1, 1),
         (THREADS, 1, 1),
         (
             address,

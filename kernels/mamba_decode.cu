@@ -87,6 +87,9 @@ __device__ __forceinline__ void step(const Arguments& a) {
     const int channel = head * rows + 2 * thread;
     const int own = 2 * thread < N ? group * N + 2 * thread : (groups + group) * N + 2 * thread - N;
     Channels mine, its;
+    const int my_head = head + min(warp, many - 1);  // whose step this warp works out
+    const float rate = a.decay[my_head], dt_bias = widen(a.dt_bias[my_head]);
+    const float skip = has_x ? widen(a.skip[head + 2 * thread / rows]) : 0.f;
     if (row.usable) {
         fetch(0, h);
         if (has_x) mine.load(a, row, channel, channels);
@@ -100,18 +103,23 @@ __device__ __forceinline__ void step(const Arguments& a) {
         return;
     }
 
+    // All that this step reads of the projection, asked for at once.
     const long long entry = journal + row.old;
+    const bf16* const projected_x = projected + inner + channel;
+    const unsigned raw_x = has_x ? *reinterpret_cast<const unsigned*>(projected_x) : 0;
+    const unsigned raw_bc =
+        has_bc ? *reinterpret_cast<const unsigned*>(projected + 2 * inner + own) : 0;
+    const float raw_dt = widen(projected[inner + channels + my_head]);
+    float gate = widen(projected[head * rows + p]);
     if (has_x) {
-        const unsigned raw = *reinterpret_cast<const unsigned*>(projected + inner + channel);
-        const unsigned value = mine.next(raw);
+        const unsigned raw = raw_x, value = mine.next(raw);
         *reinterpret_cast<unsigned*>(a.inputs + entry * channels + channel) = raw;
         *reinterpret_cast<unsigned*>(a.scanned + entry * width + channel) = value;
         x[2 * thread] = __uint_as_float(value << 16);
         x[2 * thread + 1] = __uint_as_float(value & 0xffff0000u);
     }
     if (has_bc) {
-        const unsigned raw = *reinterpret_cast<const unsigned*>(projected + 2 * inner + own);
-        const unsigned value = its.next(raw);
+        const unsigned raw = raw_bc, value = its.next(raw);
         const bool is_b = 2 * thread < N;
         if (head == group * heads_of_group) {
             *reinterpret_cast<unsigned*>(a.inputs + entry * channels + inner + own) = raw;
@@ -134,10 +142,9 @@ __device__ __forceinline__ void step(const Arguments& a) {
     __syncthreads();
 
     // weight_j = exp(c - c_j) dt_j (C . B_j): a warp a head, from the new token backwards.
-    for (int i = warp; i < many; i += warps) {
-        const float rate = a.decay[head + i];
-        const float raw = widen(projected[inner + channels + head + i]) + widen(a.dt_bias[head + i]);
-        const float fresh_step = fmaxf(softplus(raw), __int_as_float((int)a.min_step));
+    if (warp < many) {
+        const int i = warp;
+        const float fresh_step = fmaxf(softplus(raw_dt + dt_bias), __int_as_float((int)a.min_step));
         if (lane == 0) a.dt[entry * heads + head + i] = fresh_step;
         float after = 0.f;  // the sum of dt over the entries that come later
         for (int last = row.old; last >= 0; last -= 32) {
@@ -155,8 +162,8 @@ __device__ __forceinline__ void step(const Arguments& a) {
 
     if (has_x) {
         const int i = 2 * thread / rows;
-        const float skip = widen(a.skip[head + i]) + weight[i * held + row.old];
-        float2 y = {skip * x[2 * thread], skip * x[2 * thread + 1]};
+        const float now = skip + weight[i * held + row.old];
+        float2 y = {now * x[2 * thread], now * x[2 * thread + 1]};
 #pragma unroll 4
         for (int j = 0; j < row.old; j++) {
             const float2 v = two(a.scanned + (journal + j) * width + channel);
@@ -168,8 +175,11 @@ __device__ __forceinline__ void step(const Arguments& a) {
     __syncthreads();
 
     for (int i = 0; i < many; i++) {
-        if (i + 1 < many) fetch(i + 1, coming);
-        const float gate = widen(projected[(head + i) * rows + p]);
+        float coming_gate = 0.f;
+        if (i + 1 < many) {
+            fetch(i + 1, coming);
+            coming_gate = widen(projected[(head + i + 1) * rows + p]);
+        }
         float y = 0.f;
 #pragma unroll
         for (int piece = 0; piece < PIECES; piece++) {
@@ -184,6 +194,7 @@ __device__ __forceinline__ void step(const Arguments& a) {
         if (lane == 0) partial[i * warps + warp] = square;
 #pragma unroll
         for (int piece = 0; piece < PIECES; piece++) h[piece] = coming[piece];
+        gate = coming_gate;
     }
     __syncthreads();
     if (thread < many) {

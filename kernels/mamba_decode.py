@@ -34,7 +34,8 @@ def launch(
     _, heads, head_dim, size = state.shape
     of_group = heads // groups
     many = 1
-    while 2 * many <= min(MOST_HEADS, of_group) and heads // (2 * many) * rows >= BLOCKS:
+    warps = -(-4 * head_dim // 32)  # one a head
+    while 2 * many <= min(MOST_HEADS, of_group, warps) and heads // (2 * many) * rows >= BLOCKS:
         many *= 2
     while of_group % many:
         many -= 1

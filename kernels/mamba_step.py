@@ -11,6 +11,8 @@ TAPS = 4  # as in mamba.cuh
 LARGEST_SHARED = 200 * 1024
 
 _BF16, _FP32 = (torch.bfloat16,), (torch.float32,)
+
+
 def largest_size(head_dim: int) -> int:
     """The state size that goes with a head dim: two channels of P + 2 N a thread of 4 P."""
     return 7 * head_dim // 2
@@ -61,7 +63,9 @@ def mamba_step(
             f"{inner} + 2 G * {size} with G a divisor of {heads}, and {inner} + C + {heads}"
         )
     if size not in mamba_decode.SIZES:
-        raise checks.KernelArgumentError(f"the state size N is {size}; expected one of {mamba_decode.SIZES}")
+        raise checks.KernelArgumentError(
+            f"the state size N is {size}; expected one of {mamba_decode.SIZES}"
+        )
     checks.within("the head dim P", head_dim, 8, 64)
     checks.multiple("the head dim P", head_dim, 8)
     checks.within("the state size N", size, 1, largest_size(head_dim))

@@ -208,9 +208,35 @@ def choose_experts(
             span = slice(pair, pair + len(part))
             plan.tokens[span] = torch.tensor([token for token, _, _ in part])
             plan.weights[span] = torch.tensor([share for _, _, share in part])
-            plan.places[[choice for _, choice, _ in part]] = torch.arange(pair, pair + len(part)).int()
+            plan.places[[choice for _, choice, _ in part]] = torch.arange(
+                pair, pair + len(part), dtype=torch.int32, device=logits.device
+            )
             item, pair = item + 1, pair + len(part)
     plan.counts.copy_(torch.tensor([item, len(of_expert)]))
+
+
+def moe_front(
+    x: Tensor,
+    norm: Tensor,
+    eps: float,
+    router: Tensor,
+    bias: Tensor,
+    shared_up: Tensor,
+    counts: Tensor,
+    top_k: int,
+    normalise: bool,
+    scale: float,
+    logits: Tensor,
+    dense: Tensor,
+    plan: Plan,
+) -> None:
+    """What a layer of experts begins with, after an RMSNorm of x [n, K].
+
+    logits [n, E] fp32 <- router [E, K]; dense [n, Fs] <- relu(shared_up) ** 2, shared_up [Fs, K];
+    plan <- `choose_experts` of the logits
+    """
+    norm_linear(x, [router, shared_up], [logits, dense], ["store", "relu2"], norm, eps=eps)
+    choose_experts(logits, bias, counts, top_k, normalise, scale, plan)
 
 
 def experts_up(x: Tensor, norm: Tensor, eps: float, up: Tensor, plan: Plan, inner: Tensor) -> None:

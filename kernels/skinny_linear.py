@@ -20,8 +20,12 @@ LARGEST_GROUPS = 64  # whose factors fit into shared memory
 _BF16, _FP32 = (torch.bfloat16,), (torch.float32,)
 _CODES = {"store": 0, "relu2": 2, "add": 3}
 _KERNELS = {
-    (norm, width): Kernel("skinny_linear", f"{norm}_{width}", 3 + 6 * PARTS + 6, overlaps=True)
+    (norm, width): Kernel("skinny_linear", f"{norm}_{width}", 3 + 6 * PARTS + 7, overlaps=True)
     for norm in ("none", "whole", "warpwise", "given")
+    for width in WIDTHS
+}
+_FRONT = {
+    width: Kernel("moe_front", f"front_{width}", 3 + 6 * PARTS + 7 + 19, overlaps=True)
     for width in WIDTHS
 }
 
@@ -35,11 +39,14 @@ def skinny_linear(
     squares: Tensor | None = None,
     groups: int = 1,
     eps: float = 0.0,
+    *,
+    choice: Sequence[int] = (),
 ) -> None:
     """Up to three products of few tokens with weights that are read once, in one launch.
 
     See reference_decode.norm_linear. bf16, outs also fp32 (`store`); at most 32 tokens. K and all
     strides must be multiples of 8; with a norm of several groups their squares must be given.
+    choice: arguments of `choose.cuh` that `moe_front` adds; the first weight is then the router's.
     """
     tokens, depth = checks.sizes("x", x, "n K")
     x_address, x_stride = checks.strided("x", x, _BF16, (tokens, depth))
@@ -96,9 +103,12 @@ def skinny_linear(
         mode = "whole"
     else:
         mode = "warpwise" if groups == WARPS and not depth % (WARPS * STEP) else "given"
-    _KERNELS[mode, width].launch(
+    blocks = tile_stream.blocks(device, width if mode == "whole" and not choice else 0, sum(rows))
+    team = WARPS if mode == "warpwise" or choice else tile_stream.team(blocks, sum(rows))
+    kernel = _FRONT[width] if choice else _KERNELS[mode, width]
+    kernel.launch(
         device,
-        (tile_stream.blocks(device, width, sum(rows)), 1, 1),
+        (blocks, 1, 1),
         (THREADS, 1, 1),
         (
             x_address,
@@ -116,6 +126,8 @@ def skinny_linear(
             groups,
             summands,
             checks.float_bits(eps),
+            team,
+            *choice,
         ),
         tile_stream.RING + (4 * width * groups if mode == "given" else 0),
     )

@@ -55,6 +55,7 @@ def short() -> Any:
     from cascade.kernels.experts_sum import experts_sum
     from cascade.kernels.group_norm import group_norm
     from cascade.kernels.mamba_step import mamba_step
+    from cascade.kernels.moe_front import moe_front
     from cascade.kernels.pick_tokens import pick_tokens
     from cascade.kernels.skinny_linear import skinny_linear
     from cascade.kernels.slot_attention import slot_attention
@@ -68,6 +69,7 @@ def short() -> Any:
         experts_up=experts_up,
         group_norm=group_norm,
         mamba_step=mamba_step,
+        moe_front=moe_front,
         pick_tokens=pick_tokens,
         skinny_linear=skinny_linear,
         slot_attention=slot_attention,

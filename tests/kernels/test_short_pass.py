@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cascade.kernels import checks, mamba_decode
+from cascade.kernels import checks, mamba_decode, tile_stream
 from cascade.kernels import reference_decode as reference
 from cascade.kernels.plan import Plan
 
@@ -54,6 +54,25 @@ def assert_near(got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
 
 
 # ---- products ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("team", [1, 2, 4, 8])
+@pytest.mark.parametrize(("rows", "kind"), [(3, "store"), (61, "relu2"), (150, "add")])
+def test_a_tile_may_have_any_team(
+    short: Any, device: str, team: int, rows: int, kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tile_stream, "team", lambda blocks, rows: team)
+    x, norm, weight = (
+        normal(5, 328, device=device),
+        normal(328, device=device),
+        prefix(rows, 328, device),
+    )
+    for given in (None, norm):
+        out = normal(5, -(-rows // 8) * 8, device=device)[:, :rows]
+        expected = wide(out.clone())
+        reference.norm_linear(wide(x), [wide(weight)], [expected], [kind], wide(given), eps=1e-5)
+        short.skinny_linear(x, [weight], [out], [kind], given, eps=1e-5)
+        assert_near([out], [expected])
 
 
 @pytest.mark.parametrize("norm", ["none", "whole", "groups"])
@@ -258,6 +277,38 @@ def test_slot_attention(
     assert_near([out], [wanted])
     for mine, its in zip(caches, expected, strict=True):
         assert torch.equal(mine.float().nan_to_num(0), its)
+
+
+@pytest.mark.parametrize(("rows", "length", "experts"), [(1, 1, 8), (2, 5, 128), (19, 1, 20)])
+def test_moe_front(short: Any, device: str, rows: int, length: int, experts: int) -> None:
+    tokens, depth, shared, top_k = rows * length, 264, 72, 3
+    x, norm = normal(tokens, depth, device=device), normal(depth, device=device)
+    router, up = prefix(experts, depth, device), prefix(shared, depth, device)
+    bias = torch.randn(experts, device=device)
+    counts = torch.full((rows,), length, device=device)
+    counts[-1] = min(1, length)
+    plans, found = [], []
+    for run, cast in ((reference.moe_front, wide), (short.moe_front, lambda value: value)):
+        plan = Plan.empty(tokens, experts, top_k, torch.device(device))
+        logits = unwritten(tokens, experts, device=device, dtype=F32)
+        dense = cast(unwritten(tokens, shared, device=device))
+        for _ in range(2):
+            run(cast(x), cast(norm), 1e-5, cast(router), bias, cast(up), counts, top_k, True, 2.5,
+                logits, dense, plan)  # fmt: skip
+        plans.append(plan)
+        found.append([logits, dense])
+    assert_near(found[1], found[0])
+    # The same logits must give the same lists; other roundings may choose otherwise.
+    again = Plan.empty(tokens, experts, top_k, torch.device(device))
+    reference.choose_experts(found[1][0], bias, counts, top_k, True, 2.5, again)
+    items, pairs = int(again.counts[0]), int(counts.sum()) * top_k
+    assert torch.equal(plans[1].counts, again.counts)
+    assert torch.equal(plans[1].items[:, :items], again.items[:, :items])
+    assert torch.equal(plans[1].tokens[:pairs], again.tokens[:pairs])
+    assert torch.equal(plans[1].places < 0, again.places < 0)
+    torch.testing.assert_close(
+        plans[1].shares[again.places >= 0].sum(), plans[1].weights[:pairs].sum()
+    )
 
 
 @pytest.mark.parametrize(
