@@ -243,22 +243,17 @@ def _moe(
     b: Buffers,
     plan: Plan,
 ) -> None:
-    kernels.moe_front(
-        b.hidden,
-        norm,
-        arch.eps,
-        w.router,
+    kernels.norm_linear(b.hidden, [w.router], [b.router], ["store"], norm, eps=arch.eps)
+    kernels.choose_experts(
+        b.router,
         w.router_bias,
-        w.shared.up,
         table.counts,
         arch.top_k,
         arch.normalise,
         arch.routed_scale,
-        b.router,
-        b.dense,
         plan,
     )
-    kernels.experts_up(b.hidden, norm, arch.eps, w.up, plan, b.routed)
+    kernels.experts_up(b.hidden, norm, arch.eps, w.up, plan, b.routed, w.shared.up, b.dense)
     kernels.experts_down(b.hidden, b.routed, w.down, plan, b.dense, w.shared.down)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cascade.kernels.combine_pairs import combine_pairs
-from cascade.kernels.experts_product import experts_pairs
+from cascade.kernels.experts_product import experts_pairs_down
 from cascade.kernels.experts_sum import experts_sum
 from cascade.kernels.plan import Plan
 
@@ -18,15 +18,14 @@ def experts_down(
     inner: Tensor,
     down: Tensor,
     plan: Plan,
-    shared_inner: Tensor | None,
-    shared_down: Tensor | None,
+    shared_inner: Tensor,
+    shared_down: Tensor,
 ) -> None:
     """See reference_decode.experts_down. bf16; F, Fs, K and all strides must be multiples of 8."""
     if x.shape[0] <= FEW:
         experts_sum(x, inner, down, plan, shared_inner, shared_down)
         return
-    if shared_inner is not None and shared_down is not None:
-        torch.addmm(x, shared_inner, shared_down.T, out=x)
+    torch.addmm(x, shared_inner, shared_down.T, out=x)
     pairs = torch.empty(inner.shape[0], down.shape[1], dtype=torch.float32, device=x.device)
-    experts_pairs(inner, down, plan, pairs)
+    experts_pairs_down(inner, down, plan, pairs)
     combine_pairs(x, pairs, plan)

@@ -9,14 +9,14 @@ struct Arguments {
     bf16* x;                   // [tokens, hidden], rows x_stride apart
     const bf16* inner;         // [pairs, width]
     const bf16* down;          // [experts, hidden, width], strides apart
-    const bf16* shared_inner;  // [tokens, shared width]
+    const bf16* shared_inner;  // [tokens, shared width], rows shared_input apart
     const bf16* shared_down;   // [hidden, shared width], rows shared_stride apart
     const int* items;          // [3, items held]: expert, first pair, pairs
     const int* counts;
     const int* pair_token;
     const float* pair_weight;
     long long x_stride, tokens, hidden, width, expert_stride, row_stride;
-    long long shared_width, shared_stride, items_held;
+    long long shared_width, shared_stride, shared_input, items_held;
 };
 
 // A run of steps of one item, or of up to 8 * N tokens of the shared expert.
@@ -107,10 +107,11 @@ __device__ __forceinline__ void down(const Arguments& a) {
             const int count =
                 now.is_routed ? a.items[2 * a.items_held + now.item] : min(8 * N, tokens - (int)first);
             const bf16* const source = now.is_routed ? a.inner : a.shared_inner;
+            const long long stride = now.is_routed ? a.width : a.shared_input;
             const bf16* x[N];
 #pragma unroll
             for (int n = 0; n < N; n++)
-                x[n] = n * 8 + g < count ? source + (first + n * 8 + g) * depth : nullptr;
+                x[n] = n * 8 + g < count ? source + (first + n * 8 + g) * stride : nullptr;
             float sum[N][4] = {};
             Plain plain;
             multiply(sum, ring, x, now.begin, now.end, depth, plain, column, more);

@@ -14,7 +14,7 @@ LARGEST_SHARED = 227 * 1024 - tile_stream.RING
 
 _BF16, _INT32, _FP32 = (torch.bfloat16,), (torch.int32,), (torch.float32,)
 _KERNELS = {
-    tokens: Kernel("experts_sum", f"down_{tokens}", 18, overlaps=True) for tokens in (8, 16)
+    tokens: Kernel("experts_sum", f"down_{tokens}", 19, overlaps=True) for tokens in (8, 16)
 }
 
 
@@ -23,8 +23,8 @@ def experts_sum(
     inner: Tensor,
     down: Tensor,
     plan: Plan,
-    shared_inner: Tensor | None,
-    shared_down: Tensor | None,
+    shared_inner: Tensor,
+    shared_down: Tensor,
 ) -> None:
     """The second half of the chosen experts and of the shared one, added up as it is computed.
 
@@ -39,20 +39,14 @@ def experts_sum(
     )
     checks.multiple("the width F", width, 8)
     pairs, (_, held) = plan.tokens.numel(), checks.sizes("plan.items", plan.items, "3 I")
-    tensors = [x, inner, down, *plan[:4]]
-    shared_places, shared_width, shared_stride = (0, 0), 0, 0
-    if (shared_inner is None) != (shared_down is None):
-        raise checks.KernelArgumentError("shared_inner and shared_down go together")
-    if shared_inner is not None and shared_down is not None:
-        shared_width = checks.sizes("shared_down", shared_down, "K Fs")[1]
-        checks.multiple("the width Fs", shared_width, 8)
-        source = checks.array("shared_inner", shared_inner, _BF16, (tokens, shared_width))
-        checks.aligned("shared_inner", source)
-        place, shared_stride = checks.strided(
-            "shared_down", shared_down, _BF16, (hidden, shared_width)
-        )
-        shared_places = source, place
-        tensors += [shared_inner, shared_down]
+    shared_width = checks.sizes("shared_down", shared_down, "K Fs")[1]
+    checks.multiple("the width Fs", shared_width, 8)
+    shared_source, shared_input = checks.strided(
+        "shared_inner", shared_inner, _BF16, (tokens, shared_width)
+    )
+    shared_place, shared_stride = checks.strided(
+        "shared_down", shared_down, _BF16, (hidden, shared_width)
+    )
     source = checks.array("inner", inner, _BF16, (pairs, width))
     checks.aligned("inner", source)
     places = (
@@ -65,7 +59,7 @@ def experts_sum(
         raise checks.KernelArgumentError(f"items of {plan.item_tokens} tokens; expected 8 or 16")
     sums = 4 * WARPS * tokens * TILE
     checks.within("the sums of all tokens, in bytes of shared memory,", sums, 0, LARGEST_SHARED)
-    device = checks.one_gpu(*tensors)
+    device = checks.one_gpu(x, inner, down, shared_inner, shared_down, *plan[:4])
     if not (tokens and hidden and width):
         return
     _KERNELS[plan.item_tokens].launch(
@@ -76,7 +70,8 @@ def experts_sum(
             address,
             source,
             weights,
-            *shared_places,
+            shared_source,
+            shared_place,
             *places,
             stride,
             tokens,
@@ -86,6 +81,7 @@ def experts_sum(
             row_stride,
             shared_width,
             shared_stride,
+            shared_input,
             held,
         ),
         tile_stream.RING + sums,

@@ -215,35 +215,22 @@ def choose_experts(
     plan.counts.copy_(torch.tensor([item, len(of_expert)]))
 
 
-def moe_front(
+def experts_up(
     x: Tensor,
     norm: Tensor,
     eps: float,
-    router: Tensor,
-    bias: Tensor,
-    shared_up: Tensor,
-    counts: Tensor,
-    top_k: int,
-    normalise: bool,
-    scale: float,
-    logits: Tensor,
-    dense: Tensor,
+    up: Tensor,
     plan: Plan,
+    inner: Tensor,
+    shared_up: Tensor,
+    dense: Tensor,
 ) -> None:
-    """What a layer of experts begins with, after an RMSNorm of x [n, K].
+    """The first half of the shared expert and of the plan's pairs, after an RMSNorm of x [n, K].
 
-    logits [n, E] fp32 <- router [E, K]; dense [n, Fs] <- relu(shared_up) ** 2, shared_up [Fs, K];
-    plan <- `choose_experts` of the logits
+    dense [n, Fs] <- relu(shared_up(x)) ** 2, shared_up [Fs, K], possibly a prefix view
+    inner [n * k, F] <- relu(up(x)) ** 2 of the pairs, in their order; up [E, F, K], likewise
     """
-    norm_linear(x, [router, shared_up], [logits, dense], ["store", "relu2"], norm, eps=eps)
-    choose_experts(logits, bias, counts, top_k, normalise, scale, plan)
-
-
-def experts_up(x: Tensor, norm: Tensor, eps: float, up: Tensor, plan: Plan, inner: Tensor) -> None:
-    """inner [n * k, F] <- relu(up(RMSNorm(x))) ** 2 of the plan's pairs, in their order.
-
-    x: [n, K]; norm: [K]; up: [E, F, K], possibly a prefix view
-    """
+    norm_linear(x, [shared_up], [dense], ["relu2"], norm, eps=eps)
     x = layers.rms_norm(x, norm, eps)
     for expert, first, count in plan.items[:, : int(plan.counts[0])].T.tolist():
         tokens = plan.tokens[first : first + count].long()
@@ -255,21 +242,20 @@ def experts_down(
     inner: Tensor,
     down: Tensor,
     plan: Plan,
-    shared_inner: Tensor | None,
-    shared_down: Tensor | None,
+    shared_inner: Tensor,
+    shared_down: Tensor,
 ) -> None:
     """x [n, K] += the weighted sum of down(inner) over each token's experts, and the shared one's.
 
-    inner: [n * k, F]; down: [E, K, F], possibly a prefix view; shared_inner: [n, Fs] with
-    shared_down [K, Fs], or None for no shared expert
+    inner: [n * k, F]; down: [E, K, F], possibly a prefix view; shared_inner: [n, Fs];
+    shared_down: [K, Fs]
     """
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert, first, count in plan.items[:, : int(plan.counts[0])].T.tolist():
         span = slice(first, first + count)
         out = F.linear(inner[span], down[expert]).float() * plan.weights[span, None]
         total.index_add_(0, plan.tokens[span].long(), out)
-    if shared_inner is not None and shared_down is not None:
-        total += F.linear(shared_inner, shared_down).float()
+    total += F.linear(shared_inner, shared_down).float()
     x += total.to(x.dtype)
 
 

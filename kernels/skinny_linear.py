@@ -24,10 +24,6 @@ _KERNELS = {
     for norm in ("none", "whole", "warpwise", "given")
     for width in WIDTHS
 }
-_FRONT = {
-    width: Kernel("moe_front", f"front_{width}", 3 + 6 * PARTS + 7 + 19, overlaps=True)
-    for width in WIDTHS
-}
 
 
 def skinny_linear(
@@ -39,14 +35,11 @@ def skinny_linear(
     squares: Tensor | None = None,
     groups: int = 1,
     eps: float = 0.0,
-    *,
-    choice: Sequence[int] = (),
 ) -> None:
     """Up to three products of few tokens with weights that are read once, in one launch.
 
     See reference_decode.norm_linear. bf16, outs also fp32 (`store`); at most 32 tokens. K and all
     strides must be multiples of 8; with a norm of several groups their squares must be given.
-    choice: arguments of `choose.cuh` that `moe_front` adds; the first weight is then the router's.
     """
     tokens, depth = checks.sizes("x", x, "n K")
     x_address, x_stride = checks.strided("x", x, _BF16, (tokens, depth))
@@ -103,10 +96,9 @@ def skinny_linear(
         mode = "whole"
     else:
         mode = "warpwise" if groups == WARPS and not depth % (WARPS * STEP) else "given"
-    blocks = tile_stream.blocks(device, width if mode == "whole" and not choice else 0, sum(rows))
-    team = WARPS if mode == "warpwise" or choice else tile_stream.team(blocks, sum(rows))
-    kernel = _FRONT[width] if choice else _KERNELS[mode, width]
-    kernel.launch(
+    blocks = tile_stream.blocks(device, width if mode == "whole" else 0, sum(rows))
+    team = WARPS if mode == "warpwise" else tile_stream.team(blocks, sum(rows), width)
+    _KERNELS[mode, width].launch(
         device,
         (blocks, 1, 1),
         (THREADS, 1, 1),
@@ -127,7 +119,6 @@ def skinny_linear(
             summands,
             checks.float_bits(eps),
             team,
-            *choice,
         ),
         tile_stream.RING + (4 * width * groups if mode == "given" else 0),
     )

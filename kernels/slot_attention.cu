@@ -210,19 +210,28 @@ __device__ __forceinline__ void attend(const Arguments& a) {
     if (!is_last) return;
     __threadfence();
     const long long begin = place - split;
-    for (int i = threadIdx.x; i < group * D; i += THREADS) {
-        const int h = i / D;
-        float best = NOTHING, sum = 0.f, value = 0.f;
-        for (int s = 0; s < splits; s++)
-            best = fmaxf(best, fresh(a.extent + ((begin + s) * 16 + h) * 2));
-#pragma unroll 4
+    float* const shares = reinterpret_cast<float*>(given);  // [splits, 16]
+    for (int i = threadIdx.x; i < splits * 16; i += THREADS)
+        shares[i] = __ldcg(a.extent + (begin * 16 + i) * 2);
+    __syncthreads();
+    if (threadIdx.x < 16) {
+        const int h = threadIdx.x;
+        float best = NOTHING, sum = 0.f;
+        for (int s = 0; s < splits; s++) best = fmaxf(best, shares[s * 16 + h]);
         for (int s = 0; s < splits; s++) {
-            const float* const extent = a.extent + ((begin + s) * 16 + h) * 2;
-            const float share = rescale(fresh(extent), best);
-            sum += share * fresh(extent + 1);
-            value += share * fresh(a.partial + ((begin + s) * 16 + h) * D + i % D);
+            const float share = rescale(shares[s * 16 + h], best);
+            sum += share * __ldcg(a.extent + ((begin + s) * 16 + h) * 2 + 1);
+            shares[s * 16 + h] = share;
         }
-        out[i] = (bf16)narrow(value / sum);
+        for (int s = 0; s < splits; s++) shares[s * 16 + h] /= sum;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < group * D; i += THREADS) {
+        float value = 0.f;
+#pragma unroll 8
+        for (int s = 0; s < splits; s++)
+            value += shares[s * 16 + i / D] * __ldcg(a.partial + (begin + s) * 16 * D + i);
+        out[i] = (bf16)narrow(value);
     }
 }
 

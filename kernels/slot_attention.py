@@ -71,7 +71,7 @@ def slot_attention(
     )
     if not (rows and tokens and columns):
         return
-    most = min(LARGEST_SPLITS, -(-held // (WARPS * KEYS)))
+    most = min(LARGEST_SPLITS, -(-held // (2 * WARPS * KEYS)))  # of two tiles a warp
     splits = max(1, min(most, BLOCKS // (tokens * kv_heads)))
     shape = tokens, kv_heads, splits, 16
     partial = torch.empty(*shape, dim, dtype=torch.float32, device=query.device)

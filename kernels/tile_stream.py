@@ -17,7 +17,11 @@ def blocks(device: int, tokens: int, rows: int) -> int:
     return (3 if tokens == 8 and rows >= MANY else 2) * multiprocessors(device)
 
 
-def team(blocks: int, rows: int) -> int:
-    """Warps that multiply a tile together: few where there is a tile for every warp."""
-    tiles = -(-rows // TILE)
-    return next((size for size in (1, 2, 4) if blocks * WARPS // size <= tiles), WARPS)
+def team(blocks: int, rows: int, tokens: int) -> int:
+    """Warps that multiply a tile together: fewer where there is a tile for every team.
+
+    tokens: that are multiplied at once; with more of them a tile takes longer to put together
+    """
+    tiles, least = -(-rows // TILE), 4 if tokens == 8 else 2
+    sizes = (size for size in (least, 4) if blocks * WARPS // size <= tiles)
+    return next(sizes, WARPS)

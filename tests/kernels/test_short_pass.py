@@ -61,7 +61,7 @@ def assert_near(got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
 def test_a_tile_may_have_any_team(
     short: Any, device: str, team: int, rows: int, kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tile_stream, "team", lambda blocks, rows: team)
+    monkeypatch.setattr(tile_stream, "team", lambda *sizes: team)
     x, norm, weight = (
         normal(5, 328, device=device),
         normal(328, device=device),
@@ -279,38 +279,6 @@ def test_slot_attention(
         assert torch.equal(mine.float().nan_to_num(0), its)
 
 
-@pytest.mark.parametrize(("rows", "length", "experts"), [(1, 1, 8), (2, 5, 128), (19, 1, 20)])
-def test_moe_front(short: Any, device: str, rows: int, length: int, experts: int) -> None:
-    tokens, depth, shared, top_k = rows * length, 264, 72, 3
-    x, norm = normal(tokens, depth, device=device), normal(depth, device=device)
-    router, up = prefix(experts, depth, device), prefix(shared, depth, device)
-    bias = torch.randn(experts, device=device)
-    counts = torch.full((rows,), length, device=device)
-    counts[-1] = min(1, length)
-    plans, found = [], []
-    for run, cast in ((reference.moe_front, wide), (short.moe_front, lambda value: value)):
-        plan = Plan.empty(tokens, experts, top_k, torch.device(device))
-        logits = unwritten(tokens, experts, device=device, dtype=F32)
-        dense = cast(unwritten(tokens, shared, device=device))
-        for _ in range(2):
-            run(cast(x), cast(norm), 1e-5, cast(router), bias, cast(up), counts, top_k, True, 2.5,
-                logits, dense, plan)  # fmt: skip
-        plans.append(plan)
-        found.append([logits, dense])
-    assert_near(found[1], found[0])
-    # The same logits must give the same lists; other roundings may choose otherwise.
-    again = Plan.empty(tokens, experts, top_k, torch.device(device))
-    reference.choose_experts(found[1][0], bias, counts, top_k, True, 2.5, again)
-    items, pairs = int(again.counts[0]), int(counts.sum()) * top_k
-    assert torch.equal(plans[1].counts, again.counts)
-    assert torch.equal(plans[1].items[:, :items], again.items[:, :items])
-    assert torch.equal(plans[1].tokens[:pairs], again.tokens[:pairs])
-    assert torch.equal(plans[1].places < 0, again.places < 0)
-    torch.testing.assert_close(
-        plans[1].shares[again.places >= 0].sum(), plans[1].weights[:pairs].sum()
-    )
-
-
 @pytest.mark.parametrize(
     ("rows", "length", "experts", "top_k", "depth", "width", "shared"),
     [
@@ -318,7 +286,8 @@ def test_moe_front(short: Any, device: str, rows: int, length: int, experts: int
         (3, 1, 16, 3, 72, 48, 48),
         (2, 5, 128, 6, 96, 40, 80),
         (70, 1, 16, 4, 40, 24, 32),
-        (1, 9, 4, 2, 200, 200, 0),
+        (1, 9, 4, 2, 200, 200, 8),
+        (25, 1, 12, 2, 264, 56, 200),
     ],
 )
 def test_experts(
@@ -350,25 +319,32 @@ def test_experts(
     up = normal(experts, width + 8, depth + 16, scale=depth**-0.5, device=device)
     down = normal(experts, depth + 8, width + 8, scale=width**-0.5, device=device)
     up, down = up[:, :width, :depth], down[:, :depth, :width]
+    shared_up, shared_down = prefix(shared, depth, device), prefix(depth, shared, device)
     inner = unwritten(tokens * top_k, width, device=device)
-    wanted = wide(inner.clone())
-    reference.experts_up(wide(x), wide(norm), 1e-5, wide(up), expected, wanted)
-    short.experts_up(x, norm, 1e-5, up, plan, inner)
+    dense = unwritten(tokens, shared + 8, device=device)[:, :shared]
+    wanted, wanted_dense = wide(inner.clone()), wide(dense.clone())
+    weights = wide(x), wide(norm), 1e-5, wide(up), expected
+    reference.experts_up(*weights, wanted, wide(shared_up), wanted_dense)
+    if tokens <= 32:
+        short.experts_pairs_up(x, norm, 1e-5, up, plan, inner, shared_up, dense)
+        assert_near([dense, inner[:pairs]], [wanted_dense, wanted[:pairs]])
+        assert inner[pairs:].isnan().all()
+        inner.fill_(math.nan)
+    short.experts_pairs_up(x, norm, 1e-5, up, plan, inner)
     assert_near([inner[:pairs]], [wanted[:pairs]])
     assert inner[pairs:].isnan().all()
 
-    dense: tuple[Tensor | None, Tensor | None] = (None, None)
-    if shared:
-        dense = normal(tokens, shared, device=device), prefix(depth, shared, device)
+    dense.copy_(wanted_dense)
     result = wide(x.clone())
-    reference.experts_down(result, wide(inner), wide(down), expected, *wide(dense))
+    reference.experts_down(
+        result, wide(inner), wide(down), expected, wide(dense.clone()), wide(shared_down)
+    )
     before, apart = x.clone(), unwritten(tokens * top_k, depth, device=device, dtype=F32)
-    short.experts_sum(x, inner, down, plan, *dense)
+    short.experts_sum(x, inner, down, plan, dense, shared_down)
     assert_near([x], [result])
-    short.experts_pairs(inner, down, plan, apart)
+    short.experts_pairs_down(inner, down, plan, apart)
     short.combine_pairs(before, apart, plan)
-    if shared:
-        before += (wide(dense[0]) @ wide(dense[1]).T).to(BF16)
+    before += (wide(dense.clone()) @ wide(shared_down).T).to(BF16)
     assert_near([before], [wide(x)])
 
 

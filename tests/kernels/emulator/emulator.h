@@ -62,6 +62,7 @@ inline float __expf(float x) { return expf(x); }
 inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline void __threadfence() {}
+inline float __ldcg(const float* from) { return *from; }
 
 template <class T>
 inline T atomicOr(T* place, T value) {
