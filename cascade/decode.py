@@ -243,14 +243,17 @@ def _moe(
     b: Buffers,
     plan: Plan,
 ) -> None:
-    kernels.norm_linear(b.hidden, [w.router], [b.router], ["store"], norm, eps=arch.eps)
-    kernels.choose_experts(
-        b.router,
+    kernels.route_tokens(
+        b.hidden,
+        norm,
+        arch.eps,
+        w.router,
         w.router_bias,
         table.counts,
         arch.top_k,
         arch.normalise,
         arch.routed_scale,
+        b.router,
         plan,
     )
     kernels.experts_up(b.hidden, norm, arch.eps, w.up, plan, b.routed, w.shared.up, b.dense)

@@ -36,6 +36,7 @@ from cascade.kernels.reference import (
     route,
     ssm_scan,
 )
+from cascade.kernels.route_tokens import route_tokens
 from cascade.kernels.slot_attention import slot_attention
 from cascade.kernels.ssm_commit import ssm_commit
 
@@ -65,6 +66,7 @@ __all__ = [
     "race_sample",
     "rms_norm",
     "route",
+    "route_tokens",
     "short_pass_obstacle",
     "slot_attention",
     "ssm_commit",

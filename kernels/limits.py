@@ -31,6 +31,7 @@ def short_pass_obstacle(arch: Any, dtype: torch.dtype, entries: int) -> str | No
         (arch.attention_dim not in slot_attention.DIMS, f"a head dim of {arch.attention_dim}"),
         (group > 16, f"{group} heads that share K and V"),
         (arch.experts > choose_experts.LARGEST_EXPERTS, f"{arch.experts} experts"),
+        (arch.experts % 4, f"{arch.experts} experts, no multiple of 4"),
         (arch.top_k > choose_experts.LARGEST_CHOICE, f"{arch.top_k} experts a token"),
     )
     return next((text for holds, text in obstacles if holds), None)

@@ -215,6 +215,24 @@ def choose_experts(
     plan.counts.copy_(torch.tensor([item, len(of_expert)]))
 
 
+def route_tokens(
+    x: Tensor,
+    norm: Tensor,
+    eps: float,
+    router: Tensor,
+    bias: Tensor,
+    counts: Tensor,
+    top_k: int,
+    normalise: bool,
+    scale: float,
+    logits: Tensor,
+    plan: Plan,
+) -> None:
+    """logits [n, E] fp32 <- the router [E, K] after an RMSNorm of x [n, K]; plan <- their choice."""
+    norm_linear(x, [router], [logits], ["store"], norm, eps=eps)
+    choose_experts(logits, bias, counts, top_k, normalise, scale, plan)
+
+
 def experts_up(
     x: Tensor,
     norm: Tensor,

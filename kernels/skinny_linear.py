@@ -24,6 +24,10 @@ _KERNELS = {
     for norm in ("none", "whole", "warpwise", "given")
     for width in WIDTHS
 }
+_ROUTE = {
+    width: Kernel("route_tokens", f"route_{width}", 3 + 6 * PARTS + 7 + 19, overlaps=True)
+    for width in WIDTHS
+}
 
 
 def skinny_linear(
@@ -35,11 +39,14 @@ def skinny_linear(
     squares: Tensor | None = None,
     groups: int = 1,
     eps: float = 0.0,
+    *,
+    choice: Sequence[int] = (),
 ) -> None:
     """Up to three products of few tokens with weights that are read once, in one launch.
 
     See reference_decode.norm_linear. bf16, outs also fp32 (`store`); at most 32 tokens. K and all
     strides must be multiples of 8; with a norm of several groups their squares must be given.
+    choice: `Choice` of choose.cuh, by which `route_tokens` goes on from a router's logits
     """
     tokens, depth = checks.sizes("x", x, "n K")
     x_address, x_stride = checks.strided("x", x, _BF16, (tokens, depth))
@@ -97,8 +104,9 @@ def skinny_linear(
     else:
         mode = "warpwise" if groups == WARPS and not depth % (WARPS * STEP) else "given"
     blocks = tile_stream.blocks(device, width if mode == "whole" else 0, sum(rows))
-    team = WARPS if mode == "warpwise" else tile_stream.team(blocks, sum(rows), width)
-    _KERNELS[mode, width].launch(
+    team = WARPS if mode == "warpwise" or choice else tile_stream.team(blocks, sum(rows), width)
+    kernel = _ROUTE[width] if choice else _KERNELS[mode, width]
+    kernel.launch(
         device,
         (blocks, 1, 1),
         (THREADS, 1, 1),
@@ -119,6 +127,7 @@ def skinny_linear(
             summands,
             checks.float_bits(eps),
             team,
+            *choice,
         ),
         tile_stream.RING + (4 * width * groups if mode == "given" else 0),
     )

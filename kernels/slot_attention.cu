@@ -210,18 +210,18 @@ __device__ __forceinline__ void attend(const Arguments& a) {
     if (!is_last) return;
     __threadfence();
     const long long begin = place - split;
-    float* const shares = reinterpret_cast<float*>(given);  // [splits, 16]
-    for (int i = threadIdx.x; i < splits * 16; i += THREADS)
-        shares[i] = __ldcg(a.extent + (begin * 16 + i) * 2);
+    float* const extents = reinterpret_cast<float*>(given);  // [splits, 16, 2]
+    float* const shares = extents + splits * 32;             // [splits, 16]
+    for (int i = threadIdx.x; i < splits * 32; i += THREADS)
+        extents[i] = __ldcg(a.extent + begin * 32 + i);
     __syncthreads();
     if (threadIdx.x < 16) {
         const int h = threadIdx.x;
         float best = NOTHING, sum = 0.f;
-        for (int s = 0; s < splits; s++) best = fmaxf(best, shares[s * 16 + h]);
+        for (int s = 0; s < splits; s++) best = fmaxf(best, extents[(s * 16 + h) * 2]);
         for (int s = 0; s < splits; s++) {
-            const float share = rescale(shares[s * 16 + h], best);
-            sum += share * __ldcg(a.extent + ((begin + s) * 16 + h) * 2 + 1);
-            shares[s * 16 + h] = share;
+            shares[s * 16 + h] = rescale(extents[(s * 16 + h) * 2], best);
+            sum += shares[s * 16 + h] * extents[(s * 16 + h) * 2 + 1];
         }
         for (int s = 0; s < splits; s++) shares[s * 16 + h] /= sum;
     }

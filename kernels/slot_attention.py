@@ -100,7 +100,7 @@ def slot_attention(
         (splits, kv_heads, tokens),
         (32 * WARPS, 1, 1),
         numbers,
-        max(tiles, 4 * WARPS * 16 * dim),
+        max(tiles, 4 * WARPS * 16 * dim, 4 * 48 * splits),
     )
 
 

@@ -56,6 +56,7 @@ def short() -> Any:
     from cascade.kernels.group_norm import group_norm
     from cascade.kernels.mamba_step import mamba_step
     from cascade.kernels.pick_tokens import pick_tokens
+    from cascade.kernels.route_tokens import route_tokens
     from cascade.kernels.skinny_linear import skinny_linear
     from cascade.kernels.slot_attention import slot_attention
 
@@ -69,6 +70,7 @@ def short() -> Any:
         group_norm=group_norm,
         mamba_step=mamba_step,
         pick_tokens=pick_tokens,
+        route_tokens=route_tokens,
         skinny_linear=skinny_linear,
         slot_attention=slot_attention,
     )

@@ -279,6 +279,31 @@ def test_slot_attention(
         assert torch.equal(mine.float().nan_to_num(0), its)
 
 
+@pytest.mark.parametrize(("rows", "length", "experts"), [(1, 1, 8), (2, 5, 132), (19, 1, 20)])
+def test_route_tokens(short: Any, device: str, rows: int, length: int, experts: int) -> None:
+    tokens, depth, top_k = rows * length, 264, 3
+    x, norm = normal(tokens, depth, device=device), normal(depth, device=device)
+    router, bias = prefix(experts, depth, device), torch.randn(experts, device=device)
+    counts = torch.full((rows,), length, device=device)
+    counts[-1] = min(1, length)
+    settings = bias, counts, top_k, True, 2.5
+    plan, again = (Plan.empty(tokens, experts, top_k, torch.device(device)) for _ in range(2))
+    logits = unwritten(tokens, experts, device=device, dtype=F32)
+    wanted = logits.clone()
+    reference.route_tokens(wide(x), wide(norm), 1e-5, wide(router), *settings, wanted, again)
+    for _ in range(2):
+        short.route_tokens(x, norm, 1e-5, router, *settings, logits, plan)
+    assert_near([logits], [wanted])
+    # Of the same logits the same choice; another rounding may choose otherwise.
+    reference.choose_experts(logits, *settings, again)
+    items, pairs = int(again.counts[0]), int(counts.sum()) * top_k
+    assert torch.equal(plan.counts, again.counts)
+    assert torch.equal(plan.items[:, :items], again.items[:, :items])
+    assert torch.equal(plan.tokens[:pairs], again.tokens[:pairs])
+    torch.testing.assert_close(plan.weights[:pairs], again.weights[:pairs])
+    assert torch.equal(plan.places < 0, again.places < 0)
+
+
 @pytest.mark.parametrize(
     ("rows", "length", "experts", "top_k", "depth", "width", "shared"),
     [
