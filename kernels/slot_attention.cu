@@ -226,12 +226,29 @@ __device__ __forceinline__ void attend(const Arguments& a) {
         for (int s = 0; s < splits; s++) shares[s * 16 + h] /= sum;
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < group * D; i += THREADS) {
-        float value = 0.f;
-#pragma unroll 8
-        for (int s = 0; s < splits; s++)
-            value += shares[s * 16 + i / D] * __ldcg(a.partial + (begin + s) * 16 * D + i);
-        out[i] = (bf16)narrow(value);
+    // Pieces of four numbers, all of a thread's at once: every load is a way to memory and back.
+    constexpr int PIECES = (16 * D / 4 + THREADS - 1) / THREADS;
+    const float4* const partial = reinterpret_cast<const float4*>(a.partial + begin * 16 * D);
+    float4 sum[PIECES];
+#pragma unroll
+    for (int k = 0; k < PIECES; k++) sum[k] = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 4
+    for (int s = 0; s < splits; s++)
+#pragma unroll
+        for (int k = 0; k < PIECES; k++) {
+            const int piece = k * THREADS + threadIdx.x;
+            if (piece >= group * D / 4) continue;
+            const float4 v = __ldcg(partial + s * 4 * D + piece);
+            const float share = shares[s * 16 + piece / (D / 4)];
+            sum[k].x = fmaf(share, v.x, sum[k].x), sum[k].y = fmaf(share, v.y, sum[k].y);
+            sum[k].z = fmaf(share, v.z, sum[k].z), sum[k].w = fmaf(share, v.w, sum[k].w);
+        }
+#pragma unroll
+    for (int k = 0; k < PIECES; k++) {
+        const int piece = k * THREADS + threadIdx.x;
+        if (piece >= group * D / 4) continue;
+        const uint2 raw = {pair_of(sum[k].x, sum[k].y), pair_of(sum[k].z, sum[k].w)};
+        *reinterpret_cast<uint2*>(out + piece * 4) = raw;
     }
 }
 
