@@ -1,7 +1,7 @@
 """Greedy drafting that never waits: each step is launched before the one before it was read.
 
-The likeliest id stays on the device and feeds the next step; the host reads it one step later, to see
-where a row ends. A row that has ended by then has run its last id once too often: that pass is
+The likeliest id stays on the device and feeds the next step; the host reads it one step later, to
+see where a row ends. A row that has ended by then has run its last id once too often: that pass is
 kept, and the row's next draft begins with its outcome.
 """
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class _Line:
-    """One row while it is drafted: how many ids are still to be picked, and whether it has ended."""
+    """One row while it is drafted: how many ids are still to be picked, and whether it ended."""
 
     sequence: Sequence
     left: int
@@ -56,8 +56,8 @@ def draft_greedily(
 ) -> None:
     """Draft wanted[r] >= 1 ids of row r, up to and with one of `stops`.
 
-    Every row must have at most one id that `writer` has not run. The caller must be ready to restore
-    the sequences. Raises NumericalError where logits are not finite.
+    Every row must have at most one id that `writer` has not run. The caller must be ready to
+    restore the sequences. Raises NumericalError where logits are not finite.
     """
     lines = [_Line(s, count) for s, count in zip(sequences, wanted, strict=True)]
     pending: list[_Picked] = _first(lines, writer, decoder)
@@ -70,8 +70,9 @@ def draft_greedily(
 
 
 def _first(lines: list[_Line], writer: int, decoder: Decoder) -> list[_Picked]:
-    """The first id of every line: from logits that are known, or by a pass over the id before it."""
-    known, fresh = [], []
+    """The first id of every line: from logits that are known, or by a pass over the id before."""
+    known: list[_Line] = []
+    fresh: list[_Line] = []
     for line in lines:
         sequence = line.sequence
         if sequence.slot.entry_slice != writer:

@@ -31,7 +31,7 @@ __device__ __forceinline__ void shared_rows(const Arguments& a, uint4* shared, G
     const int steps = team.steps(depth);
     const float eps = __int_as_float((int)a.eps);
     const auto column = [&](int step) { return team.column(step); };
-    Ring<4> ring(shared);
+    Ring ring(shared);
     Walk ahead(team, total, total);
     Tile coming = {0, 0};
     Lines lines = {nullptr, nullptr};
@@ -48,7 +48,7 @@ __device__ __forceinline__ void shared_rows(const Arguments& a, uint4* shared, G
         step++;
     };
 #pragma unroll 1
-    for (int i = 0; i < ring.AHEAD; i++) more();
+    for (int i = 0; i < STAGES; i++) more();
     const bf16* x[S];
 #pragma unroll
     for (int n = 0; n < S; n++)
@@ -95,7 +95,7 @@ __device__ __forceinline__ void product(const Arguments& a) {
     let_next_start();
     const int total = a.counts[0] * width;
 
-    Ring<4> ring(shared);
+    Ring ring(shared);
     Walk ahead(team, total, width);
     Tile coming = {0, 0};
     Lines lines = {nullptr, nullptr};
@@ -116,7 +116,7 @@ __device__ __forceinline__ void product(const Arguments& a) {
         step++;
     };
 #pragma unroll 1
-    for (int i = 0; i < ring.AHEAD; i++) more();
+    for (int i = 0; i < STAGES; i++) more();
 
     Walk walk(team, total, width);
     int turn = 0;

@@ -34,8 +34,8 @@ def experts_pairs_up(
 ) -> None:
     """inner <- relu(up(RMSNorm(x))) ** 2 of the plan's pairs; first the same of the shared expert.
 
-    See reference_decode.experts_up. bf16; K and the strides of `up` and `shared_up` must be multiples
-    of 8. With a shared expert at most 32 tokens.
+    See reference_decode.experts_up. bf16; K and the strides of `up` and `shared_up` must be
+    multiples of 8. With a shared expert at most 32 tokens.
     """
     depth = x.shape[-1]
     scale = checks.array("norm", norm, _BF16, (depth,))

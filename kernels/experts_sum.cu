@@ -50,10 +50,10 @@ struct Plan {
 };
 
 // grid = (blocks that share the channels); shared: the ring, then sums [WARPS, tokens, TILE] fp32
-template <int N, int STAGES>
+template <int N>
 __device__ __forceinline__ void down(const Arguments& a) {
     extern __shared__ uint4 shared[];
-    float* const sums = reinterpret_cast<float*>(shared + Ring<STAGES>::PIECES);
+    float* const sums = reinterpret_cast<float*>(shared + Ring::PIECES);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
     const int tokens = (int)a.tokens, hidden = (int)a.hidden;
     const Team team(WARPS);
@@ -64,7 +64,7 @@ __device__ __forceinline__ void down(const Arguments& a) {
     const int last_step = (int)((long long)plan.total * (warp + 1) / WARPS);
 
     const auto column = [](int step) { return step * STEP + (int)threadIdx.x % 4 * 8; };
-    Ring<STAGES> ring(shared);
+    Ring ring(shared);
     Walk ahead(team, hidden, hidden);
     Tile coming = ahead.next();
     Piece piece = {false, 0, 0, 0};
@@ -144,10 +144,9 @@ __device__ __forceinline__ void down(const Arguments& a) {
     }
 }
 
-// The threads in the bounds keep registers few enough for a block of the next kernel beside two of these.
-#define ENTRY(name, N, STAGES, LIMIT)                                                \
-    extern "C" __global__ void __launch_bounds__(LIMIT, 2) name(const Arguments a) { \
-        down<N, STAGES>(a);                                                          \
+#define ENTRY(name, N)                                                                 \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2) name(const Arguments a) { \
+        down<N>(a);                                                                    \
     }
-ENTRY(down_8, 1, 4, 352)
-ENTRY(down_16, 2, 4, THREADS)
+ENTRY(down_8, 1)
+ENTRY(down_16, 2)

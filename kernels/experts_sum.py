@@ -28,8 +28,8 @@ def experts_sum(
 ) -> None:
     """The second half of the chosen experts and of the shared one, added up as it is computed.
 
-    For few tokens. See reference_decode.experts_down. bf16; F, Fs and all strides must be multiples of 8; at most
-    320 tokens.
+    For few tokens. See reference_decode.experts_down. bf16; F, Fs and all strides must be multiples
+    of 8; at most 320 tokens.
     """
     tokens, hidden = checks.sizes("x", x, "n K")
     experts, _, width = checks.sizes("down", down, "E K F")

@@ -1,4 +1,4 @@
-"""The first half of the experts: the shared one in the same launch for few tokens, apart for more."""
+"""The first half of the experts: the shared one in the same launch where tokens are few."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def launch(
     argument: bytes,
     shared: int,
 ) -> None:
-    """Launch a CUfunction with one argument by value. Raises RuntimeError with the driver's code."""
+    """Launch a CUfunction with one argument by value. Raises RuntimeError on a driver's error."""
     attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, b"", (1,))
     config = _Config(grid, block, shared, stream or None, ctypes.pointer(attribute), 1)
     value = ctypes.create_string_buffer(argument, len(argument))

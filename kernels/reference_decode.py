@@ -1,9 +1,9 @@
 """The kernels of a short pass in plain PyTorch: what their CUDA versions must match.
 
-A short pass runs `length` tokens of each of R rows, packed as n = R * length tokens of which the first
-`counts[r]` of each row count. Everything is written into buffers that the caller owns, so that a pass
-can be captured once and replayed. Letters in shapes as in the package's docstring; besides: E experts,
-F width of a routed expert.
+A short pass runs `length` tokens of each of R rows, packed as n = R * length tokens of which the
+first `counts[r]` of each row count. Everything is written into buffers that the caller owns, so
+that a pass can be captured once and replayed. Letters in shapes as in the package's docstring;
+besides: E experts, F width of a routed expert.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ def route_tokens(
     logits: Tensor,
     plan: Plan,
 ) -> None:
-    """logits [n, E] fp32 <- the router [E, K] after an RMSNorm of x [n, K]; plan <- their choice."""
+    """logits [n, E] fp32 <- the router [E, K] of RMSNorm(x [n, K]); plan <- their choice."""
     norm_linear(x, [router], [logits], ["store"], norm, eps=eps)
     choose_experts(logits, bias, counts, top_k, normalise, scale, plan)
 

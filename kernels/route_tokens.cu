@@ -33,10 +33,10 @@ struct Choose {
     }
 };
 
-#define ENTRY(name, N, LIMIT)                                                        \
-    extern "C" __global__ void __launch_bounds__(LIMIT, 2) name(const Arguments a) { \
-        multiply_all<N, WHOLE, 4>(a.router, Choose{a.choice});                       \
+#define ENTRY(name, N)                                                                 \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2) name(const Arguments a) { \
+        multiply_all<N, WHOLE>(a.router, Choose{a.choice});                            \
     }
-ENTRY(route_8, 1, 352)
-ENTRY(route_16, 2, THREADS)
-ENTRY(route_32, 4, THREADS)
+ENTRY(route_8, 1)
+ENTRY(route_16, 2)
+ENTRY(route_32, 4)

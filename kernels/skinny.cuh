@@ -79,11 +79,11 @@ struct Quiet {
 // grid = (blocks that share the rows of all matrices)
 // after(tile): called by the whole team when a tile's products are written
 // shared: the ring, then factors [N * 8, groups] where sums are given
-template <int N, Norm NORM, int STAGES, typename After>
+template <int N, Norm NORM, typename After>
 __device__ __forceinline__ void multiply_all(const Products& a, After after) {
     __shared__ Gathered<N> gathered[2];
     extern __shared__ uint4 shared[];
-    float* const factors = reinterpret_cast<float*>(shared + Ring<STAGES>::PIECES);
+    float* const factors = reinterpret_cast<float*>(shared + Ring::PIECES);
     const int depth = (int)a.depth, lane = threadIdx.x % 32, g = lane / 4;
     const float eps = __int_as_float((int)a.eps);
     int total = 0;
@@ -97,7 +97,7 @@ __device__ __forceinline__ void multiply_all(const Products& a, After after) {
                                 : team.column(step);
     };
 
-    Ring<STAGES> ring(shared);
+    Ring ring(shared);
     Walk ahead(team, total, total);
     Tile coming = {0, 0};
     Lines lines = {nullptr, nullptr};

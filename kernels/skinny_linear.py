@@ -104,8 +104,6 @@ def skinny_linear(
     else:
         mode = "warpwise" if groups == WARPS and not depth % (WARPS * STEP) else "given"
     blocks = tile_stream.blocks(device, width if mode == "whole" else 0, sum(rows))
-    blocks = min(blocks, sum(rows))
-    ring = 2 if width == WIDTHS[0] and mode in ("none", "warpwise") else 1
     team = WARPS if mode == "warpwise" or choice else tile_stream.team(blocks, sum(rows), width)
     kernel = _ROUTE[width] if choice else _KERNELS[mode, width]
     kernel.launch(
@@ -131,5 +129,5 @@ def skinny_linear(
             team,
             *choice,
         ),
-        ring * tile_stream.RING + (4 * width * groups if mode == "given" else 0),
+        tile_stream.RING + (4 * width * groups if mode == "given" else 0),
     )

@@ -77,7 +77,7 @@ def slot_attention(
     partial = torch.empty(*shape, dim, dtype=torch.float32, device=query.device)
     extent = torch.empty(*shape, 2, dtype=torch.float32, device=query.device)
     arrived = _arrived(query.device, tokens * kv_heads)
-    numbers = (
+    arguments = (
         address,
         *fresh,
         *places,
@@ -99,7 +99,7 @@ def slot_attention(
         device,
         (splits, kv_heads, tokens),
         (32 * WARPS, 1, 1),
-        numbers,
+        arguments,
         max(tiles, 4 * WARPS * 16 * dim, 4 * 48 * splits),
     )
 

@@ -14,6 +14,7 @@
 
 constexpr int TILE = 16;   // rows of weights
 constexpr int STEP = 32;   // columns of two mma
+constexpr int STAGES = 4;  // steps of weights under way, for each warp
 constexpr int WARPS = 8;
 constexpr int THREADS = 32 * WARPS;
 
@@ -76,11 +77,8 @@ struct Walk {
     }
 };
 
-// Weights under way, STAGES steps for each warp: a lane copies what it will multiply itself, so nobody
-// waits for anybody.
-template <int STAGES>
+// Weights under way: a lane copies what it will multiply itself, so nobody waits for anybody.
 struct Ring {
-    static constexpr int AHEAD = STAGES;
     static constexpr int PIECES = WARPS * STAGES * 2 * 32;  // of 16 bytes, for a block
 
     uint4* own;
@@ -130,8 +128,8 @@ struct Tokens {
 
 // sum += weights * prepare(tokens) over steps [begin, end), whose columns are column(step); `more`
 // starts the copies of another step.
-template <int N, int STAGES, typename Prepare, typename Column, typename More>
-__device__ __forceinline__ void multiply(float (&sum)[N][4], Ring<STAGES>& ring, const bf16* const (&x)[N],
+template <int N, typename Prepare, typename Column, typename More>
+__device__ __forceinline__ void multiply(float (&sum)[N][4], Ring& ring, const bf16* const (&x)[N],
                                          int begin, int end, int depth, Prepare& prepare,
                                          Column column, More more) {
     constexpr int STEPS = N <= 2 ? 4 : 1;

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from cascade.kernels.compiler import multiprocessors
 
-WARPS, TILE = 8, 16  # as in the .cuh
-STAGES = 4  # steps of weights under way for each warp, where nothing else is said
-RING = WARPS * STAGES * 2 * 32 * 16  # bytes of shared memory that they take
+WARPS, STAGES, TILE = 8, 4, 16  # as in the .cuh
+RING = WARPS * STAGES * 2 * 32 * 16  # bytes of shared memory for weights under way
 MANY = 5000  # rows of weights from which a third block on a multiprocessor pays, for up to 8 tokens
 
 

@@ -49,8 +49,8 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 def short() -> Any:
     """The launchers of a short pass's kernels."""
     from cascade.kernels.choose_experts import choose_experts
-    from cascade.kernels.embed_tokens import embed_tokens
     from cascade.kernels.combine_pairs import combine_pairs
+    from cascade.kernels.embed_tokens import embed_tokens
     from cascade.kernels.experts_product import experts_pairs_down, experts_pairs_up
     from cascade.kernels.experts_sum import experts_sum
     from cascade.kernels.group_norm import group_norm

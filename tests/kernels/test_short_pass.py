@@ -1,7 +1,7 @@
 """The kernels of a short pass against their definitions in plain PyTorch, computed in fp32.
 
-On a GPU, and thread by thread on any machine with g++. Outputs hold NaN before each call, and so does
-what a kernel must not read.
+On a GPU, and thread by thread on any machine with g++. Outputs hold NaN before each call, and so
+does what a kernel must not read.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Runs the project's .cu files on a processor, thread by thread, for machines without a GPU.
 
-It shows that indices, fragments and barriers are right, with the launchers' own checks and grids; it
-shows nothing about speed, nor about races, since threads take turns.
+It shows that indices, fragments and barriers are right, with the launchers' own checks and grids;
+it shows nothing about speed, nor about races, since threads take turns.
 """
 
 from __future__ import annotations
