@@ -31,6 +31,8 @@ MOST_GRAPHS = 96  # kept at once; the one that was not used for longest goes fir
 class GraphRunner(Runner):
     """Short passes by graphs, everything else as `Runner` does."""
 
+    prefill_tokens = 4096
+
     def __init__(
         self, views: Sequence[ModelWeights], arch: Architecture, kernels: ModuleType
     ) -> None:

@@ -92,7 +92,8 @@ def run_long(
     last: list[Tensor] = [torch.empty(0)] * len(sequences)
     done = [0] * len(sequences)
     while active := [r for r in range(len(sequences)) if done[r] < len(ids[r])]:
-        width = max(min(PREFILL_CHUNK, len(ids[r]) - done[r]) for r in active)
+        most = max(PREFILL_CHUNK, model.runner.prefill_tokens // len(active))
+        width = max(min(most, len(ids[r]) - done[r]) for r in active)
         journal = Journal(model.arch, len(active), width, cache.device, cache.dtype)
         feeds, folds = [], []
         for source, r in enumerate(active):

@@ -28,7 +28,10 @@ class Runner:
     `super()` for the rest; results agree up to rounding.
 
     views: the weights by slice number; the model's own list, which grows as widths are named
+    prefill_tokens: that a long append runs at once at least, over all rows
     """
+
+    prefill_tokens = 0
 
     def __init__(self, views: Sequence[ModelWeights]) -> None:
         self.views = views

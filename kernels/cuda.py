@@ -19,23 +19,17 @@ from cascade.kernels.embed_tokens import embed_tokens
 from cascade.kernels.experts_down import experts_down
 from cascade.kernels.experts_up import experts_up
 from cascade.kernels.fork_copy import fork_copy
+from cascade.kernels.group_norm import rms_norm
 from cascade.kernels.journal_keep import journal_keep
 from cascade.kernels.kv_compact import kv_compact
 from cascade.kernels.limits import short_pass_obstacle
 from cascade.kernels.mamba_step import mamba_step
 from cascade.kernels.norm_linear import norm_linear
 from cascade.kernels.pick_tokens import pick_tokens
+from cascade.kernels.prefill import attention, experts, ssm_scan
 from cascade.kernels.provenance_stamp import provenance_stamp
 from cascade.kernels.race_sample import race_sample
-from cascade.kernels.reference import (
-    attention,
-    causal_conv,
-    experts,
-    gated_norm,
-    rms_norm,
-    route,
-    ssm_scan,
-)
+from cascade.kernels.reference_layers import causal_conv, gated_norm, route
 from cascade.kernels.route_tokens import route_tokens
 from cascade.kernels.slot_attention import slot_attention
 from cascade.kernels.ssm_commit import ssm_commit
