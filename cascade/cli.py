@@ -1,4 +1,4 @@
-"""The command line: `cascade run | demo | inspect | export | audit`."""
+"""The command line: `cascade run | demo | eval | report | inspect | export | audit`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from cascade.errors import CascadeError
+from cascade.evaluation import commands
 
 if TYPE_CHECKING:
     from cascade.reasoner import Reasoner
@@ -249,6 +250,10 @@ def _audit_handoffs(reasoner: Reasoner, prompts: list[str], as_json: bool) -> No
     console = _console()
     console.print(handoff_table(report))
     console.print(report.recommendation, soft_wrap=True)
+
+
+app.command("eval")(commands.evaluate)
+app.command()(commands.report)
 
 
 def _load(model: str, **options: Any) -> Reasoner:

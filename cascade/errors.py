@@ -12,6 +12,9 @@ CascadeError
 │   └── CacheFull            every slot of the cache is in use
 ├── NumericalError           NaN or infinity where a number was needed
 ├── PolicyError              a policy raised, or decided something that does not exist
+├── EvaluationError          an evaluation could not be set up, or not go on; what is done is kept
+│   ├── ProblemError         problems that could not be read, or contradict themselves
+│   └── RunDirectoryError    a run directory of something else, in use, damaged or on a full disk
 └── KernelError              a kernel refused its arguments, or could not be compiled
 
 Most of these are also the builtin that fits (`ValueError`, `RuntimeError`), so code that
@@ -70,6 +73,18 @@ class NumericalError(CascadeError, ArithmeticError):
 
 class PolicyError(CascadeError, RuntimeError):
     """A policy raised, or returned a decision that does not exist."""
+
+
+class EvaluationError(CascadeError):
+    """An evaluation could not be set up, or could not go on. Finished items are kept."""
+
+
+class ProblemError(EvaluationError, ValueError):
+    """Problems could not be read: a missing file, a malformed line, an id that stands twice."""
+
+
+class RunDirectoryError(EvaluationError, RuntimeError):
+    """A run directory holds another configuration, is in use, damaged, or its disk is full."""
 
 
 class KernelError(CascadeError, ValueError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Generator, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
@@ -157,6 +157,49 @@ class Reasoner:
                     results[outcome.number] = outcome.event.result
         grouped = _group([results[job.number] for job in jobs], samples)
         return grouped if many else grouped[0]
+
+    def as_completed(
+        self,
+        prompts: Seq[Any],
+        params: SamplingParams | Seq[SamplingParams] | None = None,
+        *,
+        strategy: str | Strategy | None = None,
+        policy: Policy | None = None,
+        max_batch: int | None = None,
+        **overrides: Any,
+    ) -> Generator[tuple[int, Result], None, None]:
+        """Results of a list of prompts as they finish, each with its prompt's place in the list.
+
+        Like `generate` for a list: a finished request's slot goes to the next prompt at once, and
+        a request that fails has its `error`. max_batch: run fewer at once than this Reasoner could.
+        Closing the iterator stops the work.
+        """
+        with self._lock:
+            jobs, samples = self._jobs(list(prompts), params, strategy, policy, overrides)
+            rows = min(max_batch or self.max_batch, self.max_batch)
+            waiting: dict[int, dict[int, Result]] = {}
+            for outcome in scheduler.run(jobs, rows):
+                if not isinstance(outcome.event, Done):
+                    continue
+                number, sample = divmod(outcome.number, samples)
+                found = waiting.setdefault(number, {})
+                found[sample] = outcome.event.result
+                if len(found) == samples:
+                    del waiting[number]
+                    [result] = _group([found[i] for i in range(samples)], samples)
+                    yield number, result
+
+    def check(
+        self,
+        prompt: Any,
+        params: SamplingParams | None = None,
+        *,
+        strategy: str | Strategy | None = None,
+        policy: Policy | None = None,
+        **overrides: Any,
+    ) -> None:
+        """Raise what `generate` would raise before any work; do nothing else."""
+        self._jobs([prompt], params, strategy, policy, overrides)
 
     def stream(
         self,
