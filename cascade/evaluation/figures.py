@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,10 +147,12 @@ def _calibration(evaluation: Evaluation, figure: Any) -> bool:
     if not shown:
         return False
     axes = figure.add_subplot()
-    least = min(b.confidence for _, c in shown for b in c.bins)
-    axes.plot([least, 1], [100 * least, 100], color="#c3c8d0", lw=1.2, ls="--")
+    least = min(_stretch(b.confidence) for _, c in shown for b in c.bins)
+    bottom = min(b.low for _, c in shown for b in c.bins)
+    ideal = [least + (5 - least) * j / 100 for j in range(101)]
+    axes.plot(ideal, [100 * (1 - 10**-t) for t in ideal], color="#c3c8d0", lw=1.2, ls="--")
     for i, (run, curve) in enumerate(shown):
-        x = [b.confidence for b in curve.bins]
+        x = [_stretch(b.confidence) for b in curve.bins]
         y = [100 * b.right for b in curve.bins]
         spread = [
             [max(100 * (b.right - b.low), 0) for b in curve.bins],
@@ -159,11 +162,19 @@ def _calibration(evaluation: Evaluation, figure: Any) -> bool:
             x, y, yerr=spread, marker="o", ms=4, lw=1.4, capsize=2, color=RUNS[i % len(RUNS)],
             label=f"{run}, error {100 * curve.error:.1f} %",
         )  # fmt: skip
+    marks = [c for c in (0, 0.5, 0.9, 0.99, 0.999, 0.9999) if _stretch(c) >= least - 0.05]
+    axes.set_xticks([*map(_stretch, marks), 5.0], [*map(str, marks), "1"])
+    axes.set_ylim(bottom=max(100 * bottom - 3, 0))
     axes.set_xlabel("lowest score of a step that was kept")
     axes.set_ylabel("right, %")
     axes.set_title("Calibration")
     axes.legend(loc="lower right")
     return True
+
+
+def _stretch(score: float) -> float:
+    """Scores crowd below 1: each decade of 1 - score is as wide."""
+    return -math.log10(max(1 - score, 1e-5))
 
 
 def _tokens(evaluation: Evaluation, figure: Any) -> bool:

@@ -145,7 +145,7 @@ def summarise(run: str, records: Seq[Record], *, baseline: bool = False) -> Summ
 
 def was_drafted(step: Mapping[str, Any]) -> bool:
     """Whether a slice proposed this step and another one could have refused it."""
-    return bool(step["drafted_tokens"] or _retracted(step))
+    return bool(step["drafted_tokens"] or retracted(step))
 
 
 def written(step: Mapping[str, Any]) -> dict[str, int]:
@@ -156,7 +156,8 @@ def written(step: Mapping[str, Any]) -> dict[str, int]:
     return {name: count for name, count in found.items() if count}
 
 
-def _retracted(step: Mapping[str, Any]) -> bool:
+def retracted(step: Mapping[str, Any]) -> bool:
+    """Whether drafted tokens of this step were dropped."""
     return bool(step.get("retracted") or step.get("retracted_ids"))
 
 
@@ -191,7 +192,7 @@ def _positions(records: Seq[Record]) -> tuple[Acceptance, ...]:
         for step in record.steps:
             if was_drafted(step):
                 seen[step["index"]] += 1
-                kept[step["index"]] += not _retracted(step)
+                kept[step["index"]] += not retracted(step)
     if not seen:
         return ()
     width = math.ceil((max(seen) + 1) / POSITIONS)
@@ -207,7 +208,7 @@ def _positions(records: Seq[Record]) -> tuple[Acceptance, ...]:
 def confidence(score: str, record: Record) -> float | None:
     """How sure the verifier was of the steps that it let pass; None where it was not asked."""
     name = "score" if score == "min" else "mean_score"
-    kept = [s for s in record.steps if s.get(name) is not None and not _retracted(s)]
+    kept = [s for s in record.steps if s.get(name) is not None and not retracted(s)]
     if not kept:
         return None
     if score == "min":
@@ -217,11 +218,16 @@ def confidence(score: str, record: Record) -> float | None:
 
 
 def _calibration(score: str, records: Seq[Record]) -> Calibration | None:
-    pairs = sorted((c, r.score) for r in records if (c := confidence(score, r)) is not None)
+    pairs = [(c, r.score) for r in records if (c := confidence(score, r)) is not None]
     if not pairs:
         return None
+    table = np.array(pairs)
+    # As many items in each bin as ties allow, which are never torn apart.
+    edges = np.unique(np.quantile(table[:, 0], np.linspace(0, 1, BINS + 1)[1:-1]))
+    places = np.searchsorted(edges, table[:, 0], side="left")
     bins = []
-    for part in np.array_split(np.array(pairs), min(BINS, len(pairs))):
+    for place in np.unique(places):
+        part = table[places == place]
         right = float(part[:, 1].sum())
         bins.append(
             CalibrationBin(

@@ -55,6 +55,8 @@ def source_name(source: Mapping[str, Any]) -> str:
     match source.get("kind"):
         case "gym":
             task = source["task"]
+            if task == "nano":
+                return f"held-out arithmetic (seed {source['seed']})"
             names = [task] if isinstance(task, str) else list(task)
             return f"{', '.join(names)} (seed {source['seed']})"
         case "file":
