@@ -115,9 +115,9 @@ class Finished:
 class OutOfMemory(CascadeError):
     """A request ran out of memory; the engine goes on with half as many at a time."""
 
-    def __init__(self, request: Request, result: Result) -> None:
+    def __init__(self, request: Request, result: Result, alone: bool) -> None:
         super().__init__(result.error)
-        self.request, self.result = request, result
+        self.request, self.result, self.alone = request, result, alone
 
 
 class LocalEngine:
@@ -129,7 +129,7 @@ class LocalEngine:
         self, reasoner: Reasoner, *, worker: int = 0, retries: Retries | None = None
     ) -> None:
         self.reasoner, self.worker = reasoner, worker
-        self.retries = retries or Retries(attempts=6, wait=0.05)
+        self.retries = retries or Retries(attempts=16, wait=0.05)
 
     @property
     def batch(self) -> int:
@@ -217,10 +217,12 @@ class _Feed:
         place, result = next(self._stream)
         request = self._order[place]
         if result.error is not None and _MEMORY.search(result.error):
+            alone = self.batch == 1
             self.close()
             self.batch = max(self.batch // 2, 1)
-            self.exhausted.append(request.number)
-            raise OutOfMemory(request, result)
+            if not alone:
+                self.exhausted.append(request.number)
+            raise OutOfMemory(request, result, alone)
         del self.left[request.number]
         return request, result
 
@@ -235,7 +237,7 @@ class _Feed:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, OutOfMemory)
+    return isinstance(error, OutOfMemory) and not error.alone
 
 
 def describe(reasoner: Reasoner) -> Engine:

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import subprocess
 import sys
-from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 
 SECONDS = 10.0  # for one comparison; the first also waits for sympy to be imported
 STARTING = 60.0
 MEMORY = 4 * 2**30  # bytes of address space
+
+_CUE = re.compile(r"\bis\b|:|=")
 
 
 class MathJudge:
@@ -93,11 +95,11 @@ def equal(reference: str, answer: str) -> bool:
 
 
 def _forms(answer: str) -> list[str]:
-    """The answer where it has LaTeX; otherwise its last line as if it were."""
+    """The answer where it has LaTeX; otherwise its last line, whole and behind its last cue."""
     if "\\boxed" in answer or "$" in answer or "\\(" in answer or "\\[" in answer:
         return [answer]
-    lines: deque[str] = deque((line for line in answer.splitlines() if line.strip()), maxlen=1)
-    return [_as_latex(line) for line in lines]
+    lines = [line for line in answer.splitlines() if line.strip()][-1:]
+    return [_as_latex(part) for line in lines for part in (line, _CUE.split(line)[-1])]
 
 
 def _as_latex(text: str) -> str:

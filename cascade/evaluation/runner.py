@@ -69,31 +69,35 @@ class Runner:
         sampling = {run.name: run.sampling(self.params) for run in self.runs}
         for run in self.runs:
             self.engine.check(run, sampling[run.name])
-        store = RunDirectory(self.out) if self.out is not None else None
-        if store is None and self.processes.count > 1:
+        if self.out is not None:
+            return self._evaluate_in(RunDirectory(self.out), sampling)
+        if self.processes.count > 1:
             raise RequestError("several processes need a run directory: give out=, or --out")
+        records = self._run_all([], sampling, None, 0)
+        return Evaluation(self._manifest(), [p.described for p in self.problems], records)
+
+    def _evaluate_in(
+        self, store: RunDirectory, sampling: Mapping[str, SamplingParams]
+    ) -> Evaluation:
+        """Every item is in the directory as soon as it is finished."""
         manifest = self._manifest()
-        records: list[Record] = []
-        if store is not None:
-            self.processes.first_then_all(
-                lambda: store.open(manifest, self.problems, resume=self.resume)
-            )
-            manifest, records = store.manifest, store.records()
-            store.start(self.processes.index)
+        self.processes.first_then_all(
+            lambda: store.open(manifest, self.problems, resume=self.resume)
+        )
         try:
-            fresh = self._run_all(records, sampling, store, len(manifest.sessions) - 1)
-        finally:
-            if store is not None:
-                manifest = self._end_session(store, manifest)
-        records += fresh
-        if store is not None:
+            manifest = store.manifest
+            store.start(self.processes.index)
+            try:
+                self._run_all(store.records(), sampling, store, len(manifest.sessions) - 1)
+            finally:
+                if self.processes.first:
+                    manifest = self._end_session(store, manifest)
             self.processes.wait()
             order = [(p.id, name) for name in manifest.runs for p in self.problems]
             self.processes.first_then_all(lambda: store.finish(order))
-            records = store.records()
+            return Evaluation(manifest, store.problems(), store.records(), self.out)
+        finally:
             store.close()
-        problems = store.problems() if store else [p.described for p in self.problems]
-        return Evaluation(manifest, problems, records, self.out)
 
     # ---- inside ----
 
@@ -191,8 +195,6 @@ class Runner:
 
     def _end_session(self, store: RunDirectory, manifest: Manifest) -> Manifest:
         """Note when this sitting ended, and what was tried again in it."""
-        if not self.processes.first:
-            return manifest
         retries = dict(self.retries.counts)
         if restarts := getattr(self.engine, "restarts", 0):
             retries["worker died"] = restarts

@@ -36,6 +36,8 @@ def build_strategy(data: Any) -> Any:
     name = settings.pop("name", None)
     if name not in STRATEGIES:
         raise RequestError(unknown("strategy", name, STRATEGIES))
+    if "policy" in settings:
+        settings["policy"] = _policy(settings["policy"])
     return STRATEGIES[name].model_validate(settings)
 
 

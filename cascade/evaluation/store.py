@@ -79,6 +79,13 @@ class RunDirectory:
         with self._disk("be made"):
             self.path.mkdir(parents=True, exist_ok=True)
         self._take_lock()
+        try:
+            return self._open(manifest, problems, resume)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, manifest: Manifest, problems: Iterable[Problem], resume: bool) -> Manifest:
         before = read_manifest(self.path / MANIFEST)
         if before is None and any(_read(self.path / RESULTS)):
             raise RunDirectoryError(

@@ -6,48 +6,56 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich import box
+from rich.console import RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from cascade.evaluation.evaluation import Evaluation
 from cascade.evaluation.statistics import Comparison, Interval
-from cascade.evaluation.summary import Summary
-from cascade.slices import format_bytes
 
 
 def comparison_table(evaluation: Evaluation) -> Table:
-    """One row a run: accuracy with its interval, the paired test, latency, cost, who wrote what."""
+    """One row a run: accuracy with its interval, the paired test, time, cost, who wrote what."""
     manifest = evaluation.manifest
     title = f"{manifest.engine.model} on {source_name(manifest.source)}: {manifest.size} problems"
     reference = evaluation.reference
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    table.add_column("run", overflow="fold")
-    for column in ("right %", "95 %"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = Table(
+        title=title, title_justify="left", caption_justify="left",
+        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False,
+    )  # fmt: skip
+    table.add_column("run", overflow="fold", min_width=12)
+    table.add_column("right %\n95 %", justify="right", no_wrap=True)
     if reference is not None:
-        table.add_column(f"against {reference}", justify="right")
-        table.add_column("p", justify="right", no_wrap=True)
-    for column in ("latency s", "p95", "items/s", "reads", "tokens by slice"):
-        table.add_column(column, justify="right")
+        table.add_column(f"- {reference}\n95 %", justify="right", no_wrap=True)
+    table.add_column("items/s\nlatency", justify="right", no_wrap=True)
+    table.add_column("reads", justify="right", no_wrap=True)
+    table.add_column("tokens\nby slice", no_wrap=True)
     failed = any(s.failed for s in evaluation.summaries.values())
     if failed:
         table.add_column("failed", justify="right", style="red")
     for name, summary in evaluation.summaries.items():
-        cells = [name, percent(summary.accuracy.mean), interval(summary.accuracy)]
+        cells: list[RenderableType] = [
+            Text(name),
+            _two(percent(summary.accuracy.mean), interval(summary.accuracy)),
+        ]
         if reference is not None:
-            cells += _against(evaluation.against_reference.get(name))
+            cells.append(_against(evaluation.against_reference.get(name)))
         cells += [
-            f"{summary.latency['mean']:.2f}",
-            f"{summary.latency['p95']:.2f}",
-            f"{summary.per_second:.1f}",
-            format_bytes(int(summary.bytes)),
-            shares(summary),
+            _two(f"{summary.per_second:.1f}", f"{summary.latency['p50']:.2f} s"),
+            brief_bytes(summary.bytes),
+            "\n".join(f"{slice} {share:.0%}" for slice, share in summary.share.items()) or "-",
         ]
         table.add_row(*cells, *([str(summary.failed)] if failed else []))
     table.caption = (
-        "95 % by bootstrap over problems; p of paired tests, Holm-adjusted; latency of a request "
-        "among others; reads: bytes of weights for a problem that runs alone"
+        "95 % by bootstrap over problems; p of a paired test (McNemar, or sign flips), Holm-adjusted; "
+        "latency: median of requests that ran among others; reads: weights for a problem alone"
     )
     return table
+
+
+def _two(first: str, second: str) -> Text:
+    return Text(first) + Text(f"\n{second}", style="dim")
 
 
 def source_name(source: Mapping[str, Any]) -> str:
@@ -79,17 +87,21 @@ def interval(value: Interval) -> str:
     return f"{percent(value.low)} to {percent(value.high)}"
 
 
-def shares(summary: Summary) -> str:
-    return ", ".join(f"{name} {share:.0%}" for name, share in summary.share.items()) or "-"
+def brief_bytes(count: float) -> str:
+    """Three digits are enough: `538 MB`."""
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{count / unit:#.3g} {name}".replace(". ", " ")
+    return f"{count:.0f} B"
 
 
 def p_value(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+    return "<.001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
 
 
-def _against(comparison: Comparison | None) -> list[str]:
+def _against(comparison: Comparison | None) -> Text:
     if comparison is None:
-        return ["-", "-"]
+        return Text("-")
     d = comparison.difference
-    text = f"{signed(d.mean)} ({signed(d.low)} to {signed(d.high)})"
-    return [text, p_value(comparison.adjusted)]
+    first = f"{signed(d.mean)}, p {p_value(comparison.adjusted)}"
+    return _two(first, f"{signed(d.low)} to {signed(d.high)}")
