@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -54,7 +54,7 @@ class RayEngine:
         gpus = int(ray.cluster_resources().get("GPU", 0))
         self.workers = workers or gpus or 1
         resources = {"num_gpus": 1} if gpus else {"num_cpus": 1}
-        actor = ray.remote(_Worker).options(max_restarts=-1, max_task_retries=0, **resources)
+        actor = ray.remote(_Worker).options(max_restarts=-1, max_task_retries=-1, **resources)
         self._actors = [actor.remote(recipe, index) for index in range(self.workers)]
         self.restarts = 0
         described = self._ask(lambda worker: worker.describe.remote())
@@ -75,24 +75,24 @@ class RayEngine:
         """Outcomes as they come. What a worker had not finished when it died it is given again."""
         ray = self._ray
         left = [{r.number: r for r in requests[w :: self.workers]} for w in range(self.workers)]
-        streams = {
-            self._actors[w].run.remote(run, list(mine.values())): w
-            for w, mine in enumerate(left)
-            if mine
-        }
         deaths: Counter[int] = Counter()
-        while streams:
-            [stream], _ = ray.wait(list(streams), num_returns=1)
-            worker = streams[stream]
-            try:
-                finished: Finished = ray.get(next(stream))
-            except StopIteration:
-                del streams[stream]
+        streams = {self._start(w, run, left[w]): w for w in range(self.workers) if left[w]}
+        back: dict[Any, int] = {}  # replies of workers that have died, which come when they are back
+        while streams or back:
+            [ready], _ = ray.wait([*streams, *back], num_returns=1)
+            if ready in back:
+                worker = back.pop(ready)
+                streams[self._start(worker, run, left[worker])] = worker
                 continue
+            worker = streams[ready]
+            try:
+                finished: Finished = ray.get(next(ready))
+            except StopIteration:
+                del streams[ready]
             except ray.exceptions.RayTaskError as error:
                 raise EvaluationError(f"worker {worker} failed: {error.cause!r}") from error
             except ray.exceptions.RayError as error:  # it died, or its machine did
-                del streams[stream]
+                del streams[ready]
                 self.restarts += 1
                 deaths[worker] += 1
                 if deaths[worker] >= DEATHS:
@@ -100,12 +100,16 @@ class RayEngine:
                         f"worker {worker} died {DEATHS} times without finishing an item "
                         f"({type(error).__name__}). Finished items are kept; --resume goes on"
                     ) from error
-                again = self._actors[worker].run.remote(run, list(left[worker].values()))
-                streams[again] = worker
-                continue
-            deaths[worker] = 0
-            del left[worker][finished.number]
-            yield finished
+                back[self._actors[worker].describe.remote()] = worker
+            else:
+                deaths[worker] = 0
+                del left[worker][finished.number]
+                yield finished
+
+    def _start(self, worker: int, run: Run, requests: Mapping[int, Request]) -> Any:
+        """A stream of outcomes. Ray must not repeat it by itself: some of it is finished."""
+        method = self._actors[worker].run.options(max_task_retries=0)
+        return method.remote(run, list(requests.values()))
 
     def close(self) -> None:
         """End the workers, and the cluster where it was started here."""

@@ -6,6 +6,9 @@ import json
 import shlex
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -144,22 +147,22 @@ def evaluate(
         model=model, draft=draft, verify=verify, device=device, dtype=dtype,
         max_batch=batch, max_length=max_length, consistency=consistency,
     )  # fmt: skip
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clusters stop jobs with it
     try:
-        found = run(
-            recipe,
-            _source(task, data, dataset, dataset_path, size, seed, file.problems),
-            [*listed, *chosen],
-            grader=grader or file.grader,
-            baselines=baselines and file.baselines,
-            params=_checked(SamplingParams, **{**file.params, **given}),
-            seed=seed,
-            out=out,
-            resume=resume,
-            backend=backend,  # type: ignore[arg-type]
-            workers=workers,
-            console=Console(stderr=True, highlight=False),
-        )
+        with _stopped_by_sigterm():
+            found = run(
+                recipe,
+                _source(task, data, dataset, dataset_path, size, seed, file.problems),
+                [*listed, *chosen],
+                grader=grader or file.grader,
+                baselines=baselines and file.baselines,
+                params=_checked(SamplingParams, **{**file.params, **given}),
+                seed=seed,
+                out=out,
+                resume=resume,
+                backend=backend,  # type: ignore[arg-type]
+                workers=workers,
+                console=Console(stderr=True, highlight=False),
+            )
     except KeyboardInterrupt:
         _say_how_to_resume(out)
         raise typer.Exit(INTERRUPTED) from None
@@ -266,6 +269,19 @@ def _checked(kind: Any, **values: Any) -> Any:
         return kind(**values)
     except ValidationError as error:
         raise RequestError(brief(error)) from None
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Clusters end a job with SIGTERM: take it for ctrl-C meanwhile."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _say_how_to_resume(out: Path) -> None:

@@ -73,7 +73,9 @@ class Runner:
             return self._evaluate_in(RunDirectory(self.out), sampling)
         if self.processes.count > 1:
             raise RequestError("several processes need a run directory: give out=, or --out")
+        places = {key: i for i, key in enumerate(self._order(run.name for run in self.runs))}
         records = self._run_all([], sampling, None, 0)
+        records.sort(key=lambda record: places[record.key])
         return Evaluation(self._manifest(), [p.described for p in self.problems], records)
 
     def _evaluate_in(
@@ -93,7 +95,7 @@ class Runner:
                 if self.processes.first:
                     manifest = self._end_session(store, manifest)
             self.processes.wait()
-            order = [(p.id, name) for name in manifest.runs for p in self.problems]
+            order = self._order(manifest.runs)
             self.processes.first_then_all(lambda: store.finish(order))
             return Evaluation(manifest, store.problems(), store.records(), self.out)
         finally:
@@ -172,6 +174,10 @@ class Runner:
             yield from settle(0)
         finally:
             stream.close()  # type: ignore[attr-defined]
+
+    def _order(self, runs: Iterable[str]) -> list[tuple[str, str]]:
+        """The items by run, and then by problem."""
+        return [(problem.id, name) for name in runs for problem in self.problems]
 
     def _manifest(self) -> Manifest:
         return Manifest(
