@@ -10,6 +10,7 @@ CascadeError
 │   ├── SequenceClosed       use after close
 │   ├── CapacityExceeded     longer than max_length, or more than the journal holds
 │   └── CacheFull            every slot of the cache is in use
+├── CalibrationError         no setting of a policy holds the target, or the runs are too few
 ├── NumericalError           NaN or infinity where a number was needed
 ├── PolicyError              a policy raised, or decided something that does not exist
 ├── EvaluationError          an evaluation could not be set up, or not go on; what is done is kept
@@ -85,6 +86,10 @@ class ProblemError(EvaluationError, ValueError):
 
 class RunDirectoryError(EvaluationError, RuntimeError):
     """A run directory holds another configuration, is in use, damaged, or its disk is full."""
+
+
+class CalibrationError(CascadeError, ValueError):
+    """No setting of a policy holds the target on these runs, or they are too few to tell."""
 
 
 class KernelError(CascadeError, ValueError):
