@@ -58,7 +58,8 @@ class RayEngine:
         self._actors = [actor.remote(recipe, index) for index in range(self.workers)]
         self.restarts = 0
         described = self._ask(lambda worker: worker.describe.remote())
-        self._facts, self.device, self.batch = described[0]
+        self._facts: Engine = described[0][0]
+        self.device, self.batch = described[0][1:]
         for index, (facts, _, _) in enumerate(described):
             if facts != self._facts:
                 raise EvaluationError(f"worker {index} holds another model: {facts!r}")
@@ -77,7 +78,9 @@ class RayEngine:
         left = [{r.number: r for r in requests[w :: self.workers]} for w in range(self.workers)]
         deaths: Counter[int] = Counter()
         streams = {self._start(w, run, left[w]): w for w in range(self.workers) if left[w]}
-        back: dict[Any, int] = {}  # replies of workers that have died, which come when they are back
+        back: dict[
+            Any, int
+        ] = {}  # replies of workers that have died, which come when they are back
         while streams or back:
             [ready], _ = ray.wait([*streams, *back], num_returns=1)
             if ready in back:

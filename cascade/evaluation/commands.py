@@ -182,9 +182,7 @@ def report(
     _show(Evaluation.load(directory), as_json=as_json, figures=figures, path=out)
 
 
-def _show(
-    found: Evaluation, *, as_json: bool, figures: bool, path: Path | None = None
-) -> None:
+def _show(found: Evaluation, *, as_json: bool, figures: bool, path: Path | None = None) -> None:
     page = found.report(path)
     drawn = found.figures() if figures else []
     if as_json:

@@ -14,7 +14,7 @@ from cascade.evaluation.statistics import pareto
 from cascade.evaluation.summary import Summary
 from cascade.evaluation.tables import source_name
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.size": 9,
     "font.family": ["DejaVu Sans"],
     "axes.spines.top": False,

@@ -96,7 +96,9 @@ def load_dataset(
 
     columns: its names for `question`, `answer`, `choices` and `id`, where they are others
     """
-    names = {field: field for field in ("question", "answer", "choices", "id")} | dict(columns or {})
+    names = {field: field for field in ("question", "answer", "choices", "id")} | dict(
+        columns or {}
+    )
 
     def read(row: Mapping[str, Any]) -> dict[str, Any]:
         missing = [names[field] for field in ("question", "answer") if names[field] not in row]

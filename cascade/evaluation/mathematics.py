@@ -46,22 +46,21 @@ class MathJudge:
         for _ in range(2):  # a process that has died meanwhile is replaced once
             process = self._running()
             assert process.stdin is not None and process.stdout is not None
+            seconds, in_time, reply = STARTING if self._fresh else self.seconds, True, b""
             try:
                 process.stdin.write(line)
                 process.stdin.flush()
-                ready, _, _ = select.select(
-                    [process.stdout], [], [], STARTING if self._fresh else self.seconds
-                )
-                reply = process.stdout.readline() if ready else b""
+                in_time = bool(select.select([process.stdout], [], [], seconds)[0])
+                reply = process.stdout.readline() if in_time else b""
             except BrokenPipeError:
-                reply, ready = b"", [process]
+                pass
             if reply:
                 self._fresh = False
                 return float(json.loads(reply))
             self._stop()
             self.restarts += 1
-            if not ready:
-                return 0.0  # it took too long
+            if not in_time:
+                return 0.0
         return 0.0
 
     def _running(self) -> subprocess.Popen[bytes]:

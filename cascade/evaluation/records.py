@@ -19,9 +19,9 @@ class Record:
     answer:    the text after the thought; reference: the right one; score: 0 to 1
     finish:    `stop`, `length` or `error`; error: what went wrong, of the request or the grader
     seed:      drawn from the evaluation's seed and the id
-    tries:     above 1 where memory ran out and it was tried again; session: number of the sitting it was finished in, from 0
-    worker:    of several processes, which one; clock: seconds from the start of the run in that
-               sitting until the item was finished
+    tries:     above 1 where memory ran out and it was tried again
+    session:   number of the sitting it was finished in, from 0; worker: of several, which one
+    clock:     seconds from the start of the run in that sitting until the item was finished
     usage, metrics: those of `Result`; steps: of `Step`, without token ids where there is text
     candidates: what `explore` chose from
     """

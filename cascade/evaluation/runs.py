@@ -1,4 +1,4 @@
-"""What is compared: runs, each a strategy with its policy and sampling parameters, and baselines."""
+"""What is compared: runs, each a strategy with its policy and parameters, and baselines."""
 
 from __future__ import annotations
 
@@ -83,7 +83,9 @@ class Run(BaseModel):
     def sampling(self, base: SamplingParams) -> SamplingParams:
         """The parameters of this run. Raises RequestError."""
         try:
-            changes = SamplingParams.model_validate(dict(self.params)).model_dump(exclude_unset=True)
+            changes = SamplingParams.model_validate(dict(self.params)).model_dump(
+                exclude_unset=True
+            )
             params = SamplingParams.model_validate(base.model_dump(exclude_unset=True) | changes)
         except ValidationError as error:
             raise RequestError(f"run {self.name!r}: {brief(error)}") from None

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -47,7 +46,7 @@ class GymSource(BaseModel):
 
 
 class FileSource(BaseModel):
-    """A file with one JSON object a line: `question`, `answer`, and perhaps `choices`, `id`, `kind`.
+    """A file of JSON lines: `question`, `answer`, and perhaps `choices`, `id` and `kind`.
 
     shuffle: put the choices of each problem in an order drawn from (seed, id)
     """
@@ -128,18 +127,19 @@ def load(
 
     Raises ProblemError for a source that cannot be read, and for an id that stands twice.
     """
+    given: object = problems
+    if isinstance(given, (str, bytes)):
+        raise ProblemError(
+            f"problems={given!r} is a text; give a list of problems, or a source such as "
+            "GymSource(task='chain_sum', size=100)"
+        )
     if isinstance(problems, (GymSource, FileSource, HubSource, Mapping)):
         source = source_of(problems)
         found, facts = source.problems(retries or Retries()), source.model_dump(mode="json")
-    elif isinstance(problems, (str, bytes)):
-        raise ProblemError(
-            f"problems={problems!r} is a text; give a list of problems, or a source such as "
-            "GymSource(task='chain_sum', size=100)"
-        )
     else:
         found = [
             p if isinstance(p, Problem) else problem_of(p, f"problem {i}", f"problem-{i}")
-            for i, p in enumerate(islice(problems, None))
+            for i, p in enumerate(problems)
         ]
         facts = {"kind": "list"}
     if not found:

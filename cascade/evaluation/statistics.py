@@ -66,9 +66,7 @@ def mean_interval(values: Seq[float], *, seed: int = 0) -> Interval:
     return Interval(float(data.mean()), float(low), float(high))
 
 
-def compare(
-    scores: dict[str, dict[str, float]], pairs: Seq[tuple[str, str]]
-) -> list[Comparison]:
+def compare(scores: dict[str, dict[str, float]], pairs: Seq[tuple[str, str]]) -> list[Comparison]:
     """Paired comparisons of runs. scores: by run, then by problem."""
     found = []
     for first, second in pairs:

@@ -48,8 +48,9 @@ def comparison_table(evaluation: Evaluation) -> Table:
         ]
         table.add_row(*cells, *([str(summary.failed)] if failed else []))
     table.caption = (
-        "95 % by bootstrap over problems; p of a paired test (McNemar, or sign flips), Holm-adjusted; "
-        "latency: median of requests that ran among others; reads: weights for a problem alone"
+        "95 % by bootstrap over problems; p of a paired test (McNemar, or sign flips), "
+        "Holm-adjusted; latency: median of requests that ran "
+        "among others; reads: weights for a problem alone"
     )
     return table
 

@@ -105,8 +105,6 @@ def test_runs_and_baselines_over_one_set_in_one_go(reasoner: Reasoner, tmp_path:
 def test_results_are_those_of_generate(reasoner: Reasoner) -> None:
     found = cascade.evaluate(reasoner, SOURCE, {"mine": Stepwise()}, baselines=False)
     questions = [p["question"] for p in found.problems]
-    for record, result in zip(found.records, reasoner.generate(questions), strict=False):
-        assert record.run == "mine"
     by_id = {r.id: r for r in found.records}
     results: list[Result] = reasoner.generate(questions)
     for problem, result in zip(found.problems, results, strict=True):
@@ -131,7 +129,9 @@ def test_sampled_items_do_not_depend_on_their_neighbours(reasoner: Reasoner) -> 
     assert {r.seed for r in other.records}.isdisjoint(r.seed for r in part.records)
 
 
-def test_a_resumed_evaluation_makes_only_what_is_missing(reasoner: Reasoner, tmp_path: Path) -> None:
+def test_a_resumed_evaluation_makes_only_what_is_missing(
+    reasoner: Reasoner, tmp_path: Path
+) -> None:
     whole = cascade.evaluate(reasoner, SOURCE, ["stepwise"], baselines=False, out=tmp_path)
     path = tmp_path / "results.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
@@ -182,9 +182,7 @@ def test_a_failed_item_is_recorded_and_the_run_goes_on(reasoner: Reasoner) -> No
         Problem("blank", " ", "2"),
         Problem("odd", "2 + 2", "not a number"),
     ]
-    found = cascade.evaluate(
-        reasoner, problems, [Single()], baselines=False, grader="numeric"
-    )
+    found = cascade.evaluate(reasoner, problems, [Single()], baselines=False, grader="numeric")
     errors = {r.id: r.error or "" for r in found.records}
     assert errors["good"] == ""
     assert errors["long"].startswith("PromptTooLong: the prompt has")

@@ -9,7 +9,9 @@ from cascade.evaluation.graders import Grading, number_in
 from cascade.problems import Problem, make
 
 
-def grade(grader: object, reference: str, answer: str | None, choices: tuple[str, ...] = ()) -> float:
+def grade(
+    grader: object, reference: str, answer: str | None, choices: tuple[str, ...] = ()
+) -> float:
     grading = Grading(grader)  # type: ignore[arg-type]
     try:
         return grading.submit(Problem("p", "?", reference, choices=choices), answer).result()
@@ -59,7 +61,8 @@ def test_multiple_choice(answer: str | None, score: float) -> None:
 def test_math_is_judged_by_math_verify_and_never_run(tmp_path: Path) -> None:
     trap = tmp_path / "ran"
     cases = [
-        ("\\frac{1}{2}", "0.5", 1), ("1/2", "So $\\frac{2}{4}$.", 1), ("x^2+1", "\\boxed{1+x^2}", 1),
+        ("\\frac{1}{2}", "0.5", 1), ("1/2", "So $\\frac{2}{4}$.", 1),
+        ("x^2+1", "\\boxed{1+x^2}", 1),
         ("2\\sqrt{3}", "\\sqrt{12}", 1), ("3", "4", 0), ("7", "so\nit is 7.", 1), ("7", "", 0),
         ("7", f"__import__('pathlib').Path({str(trap)!r}).touch()", 0),
         ("7", f"\\boxed{{__import__('os').system('touch {trap}')}}", 0),

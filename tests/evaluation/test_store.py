@@ -71,7 +71,10 @@ def test_what_is_there_is_not_overwritten_without_resume(tmp_path: Path) -> None
         ({"seed": 7}, "seed was 0, now 7"),
         ({"grader": "exact"}, 'grader was "auto", now "exact"'),
         ({"params": {"temperature": 1.0}}, "params was {}, now"),
-        ({"size": 9, "problems": "x", "source": {"kind": "list", "size": 9}}, "size was null, now 9"),
+        (
+            {"size": 9, "problems": "x", "source": {"kind": "list", "size": 9}},
+            "size was null, now 9",
+        ),
         ({"problems": "x"}, "problems was"),
         (
             {"engine": manifest().engine.model_copy(update={"digest": "sha256:2"})},
@@ -191,7 +194,7 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_atomically(path, b"one")
     (tmp_path / "file.new").mkdir()
-    with pytest.raises(OSError, match="file.new"):
+    with pytest.raises(OSError, match=r"file\.new"):
         write_atomically(path, b"two")
     assert path.read_bytes() == b"one"
 
