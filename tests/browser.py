@@ -117,10 +117,12 @@ class Browser:
 
     def click(self, selector: str) -> None:
         """A real click in the middle of the first element that fits."""
-        found = json.dumps(selector)
-        self.run(f"document.querySelector({found}).scrollIntoView({{block: 'center'}})")
         x, y = self.run(
-            f"(() => {{ const r = document.querySelector({found}).getBoundingClientRect();"
+            "(async () => {"
+            f" const e = document.querySelector({json.dumps(selector)});"
+            " const frame = () => new Promise(requestAnimationFrame);"
+            " for (let i = 0; i < 3; i++) { e.scrollIntoView({block: 'center'}); await frame(); }"
+            " const r = e.getBoundingClientRect();"
             " return [r.x + r.width / 2, r.y + r.height / 2]; })()"
         )
         for kind in ("mousePressed", "mouseReleased"):

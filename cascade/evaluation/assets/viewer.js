@@ -29,10 +29,11 @@ function mark(r, i) {
 
 const texts = data.problems.map((p) => `${p.id}\n${p.question}\n${p.answer}\n${p.kind}`.toLowerCase());
 
-function refresh(keep) {
+// The list anew. `keep` stays open where it still matches, or with `stay` in any case.
+function refresh(keep, stay = false) {
   const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
   const [, passes] = FILTERS[filter.value], [, rank] = SORTS[sort.value];
-  view.shown = data.problems.map((_, i) => i).filter((i) => passes(i) && words.every((w) => texts[i].includes(w)));
+  view.shown = data.problems.map((_, i) => i).filter((i) => (stay && i === keep) || (passes(i) && words.every((w) => texts[i].includes(w))));
   view.shown = view.shown.map((i) => [rank(i), i]).sort((a, b) => a[0] - b[0] || a[1] - b[1]).map(([, i]) => i);
   const rows = document.createDocumentFragment();
   view.shown.forEach((i) => {
@@ -119,7 +120,7 @@ function stepRow(s, n, before) {
     const shownKept = kept ? el("span", { class: "kept" }, kept) : null;
     body = el("div", { class: "swap" },
       el("div", { class: "dropped", style: `--c:${slices.colour(s.drafter)};--ct:${slices.ink(s.drafter)}` }, el("h5", {}, el("b", {}, s.drafter), " drafted"), el("div", { class: "text" }, shownKept?.cloneNode(true), el("s", {}, trim(written(s.retracted, s.retracted_ids))))),
-      el("div", { class: "replaced" }, el("h5", {}, el("b", {}, s.slice), kept ? " wrote the rest" : " wrote"), el("div", { class: "text" }, shownKept, el("mark", {}, trim(fresh)))));
+      el("div", { class: "replaced" }, el("h5", {}, el("b", {}, s.slice), kept ? " wrote the rest" : " wrote"), el("div", { class: "text" }, shownKept, fresh ? el("mark", {}, trim(fresh)) : null)));
   } else body = el("div", { class: "text" }, trim(whole));
   const score = s.score === null || s.score === undefined ? null : el("span", { class: "score" }, s.score < 0.01 ? s.score.toExponential(0) : s.score.toFixed(2));
   const meta = el("div", { class: "meta" }, el("span", {}, score, score ? " " : "", el("span", { class: `decision ${s.decision}` }, s.decision)), el("span", {}, `${s.tokens} tok`), el("span", {}, seconds(s.milliseconds / 1000)));
@@ -136,7 +137,7 @@ function choose(r) {
   view.run = (r + runs.length) % runs.length;
   const i = view.shown[view.at];
   if (filter.value === "all" && sort.value === "number") show(i);
-  else refresh(i);
+  else refresh(i, true);
 }
 
 let typing;
