@@ -56,6 +56,7 @@ class RayEngine:
         resources = {"num_gpus": 1} if gpus else {"num_cpus": 1}
         actor = ray.remote(_Worker).options(max_restarts=-1, max_task_retries=-1, **resources)
         self._actors = [actor.remote(recipe, index) for index in range(self.workers)]
+        self.path = recipe.model
         self.restarts = 0
         described = self._ask(lambda worker: worker.describe.remote())
         self._facts: Engine = described[0][0]

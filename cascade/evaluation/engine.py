@@ -139,6 +139,10 @@ class LocalEngine:
     def device(self) -> str:
         return str(self.reasoner.model.device)
 
+    @property
+    def path(self) -> str:
+        return str(self.reasoner.model.directory or "")
+
     def describe(self) -> Engine:
         """What the manifest says about the model."""
         return describe(self.reasoner)

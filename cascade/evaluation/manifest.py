@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -40,7 +40,7 @@ class Engine(BaseModel):
     draft: str
     verify: str
     policy: Any
-    consistency: str
+    consistency: Literal["exact", "shared", "refresh"]
     max_length: int
 
 
@@ -93,8 +93,8 @@ def _comparable(manifest: Manifest) -> dict[str, Any]:
     return data | {f"engine.{name}": value for name, value in engine.items()}
 
 
-def session(workers: int, batch: int, device: str) -> dict[str, Any]:
-    """What this sitting runs on."""
+def session(workers: int, batch: int, device: str, path: str = "") -> dict[str, Any]:
+    """What this sitting runs on; `path` is where its checkpoint is."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -108,6 +108,7 @@ def session(workers: int, batch: int, device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "device": device,
+        "path": path,
         "workers": workers,
         "batch": batch,
     }

@@ -112,9 +112,9 @@ class RunDirectory:
             questions = [problem.described for problem in problems]
             write_atomically(self.path / PROBLEMS, json.dumps(questions).encode() + b"\n")
             self.write_manifest(manifest)
-            _cut_torn_line(self.path / RESULTS)
+            cut_torn_line(self.path / RESULTS)
             for part in self._parts():
-                _cut_torn_line(part)
+                cut_torn_line(part)
         self._merge()
         return manifest
 
@@ -231,7 +231,7 @@ def _read(path: Path) -> Iterator[Record]:
         raise RunDirectoryError(f"{path} could not be read: {error}") from error
 
 
-def _cut_torn_line(path: Path) -> None:
+def cut_torn_line(path: Path) -> None:
     """Cut a file behind its last whole line."""
     if not path.exists():
         return
