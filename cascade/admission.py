@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from cascade.cache import Cache
 from cascade.errors import PromptTooLong, RequestError, unknown
 from cascade.model import ElasticModel
-from cascade.policies import Policy, Threshold, build
+from cascade.policies import Policy, Threshold, build, load
+from cascade.policies.storage import SUFFIXES
 from cascade.sampling import SamplingParams
 from cascade.text import Codec
 
@@ -34,6 +35,16 @@ def resolve_policy(policy: object) -> Policy:
             f"a policy is a name, a mapping with its `kind`, or a Policy, got {policy!r}"
         )
     return found
+
+
+def read_policy(source: str) -> Policy:
+    """A policy by name, or from a `.json` or `.yaml` file. Raises RequestError."""
+    if not source.endswith(SUFFIXES):
+        return resolve_policy(source)
+    try:
+        return load(source)
+    except ValueError as error:
+        raise RequestError(str(error)) from None
 
 
 def params_for(count: int, params: object, overrides: Mapping[str, Any]) -> list[SamplingParams]:

@@ -14,31 +14,91 @@ share of the whole, and the credit that was put by.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
-RECENT = 0.1  # weight of the newest measurement
+RECENT = 0.03  # weight of the newest measurement, once there are enough
 WORTH = 1.02  # a rate must beat the verifier's alone by as much
 REMEMBERED = 0.98  # of the acceptance counts, a round
 CREDIT = 32.0  # the most that is put by, in tokens' time
+ENOUGH = 4  # measurements of the verifier alone before anything is drafted
 REMEASURE = 64  # rounds after which the verifier alone is measured again
+
+
+@dataclass
+class Mean:
+    """A mean that follows slow changes, and that one wild measurement cannot carry away."""
+
+    value: float = 0.0
+    variance: float = 0.0
+    count: int = 0
+
+    def add(self, new: float) -> None:
+        self.count += 1
+        if self.count > 1:
+            new = min(max(new, self.value / 2), 2 * self.value)
+        weight = max(1 / self.count, RECENT)
+        off = new - self.value
+        self.value += weight * off
+        self.variance = (1 - weight) * (self.variance + weight * off * off)
+
+    @property
+    def low(self) -> float:
+        """The mean less two standard errors; 0 without measurements."""
+        if not self.count:
+            return 0.0
+        return self.value - 2 * math.sqrt(self.variance * max(1 / self.count, RECENT / 2))
+
+
+@dataclass
+class Line:
+    """Seconds of a round by draft length: a straight line through what was measured.
+
+    Least squares with fading weights; the verifier alone counts as one round without a draft.
+    Fields are sums over the rounds: of 1, k, k squared, seconds, and k times seconds.
+    """
+
+    rounds: float = 0.0
+    k: float = 0.0
+    kk: float = 0.0
+    seconds: float = 0.0
+    k_seconds: float = 0.0
+
+    def add(self, k: int, seconds: float) -> None:
+        keep = 1 - RECENT
+        self.rounds = keep * self.rounds + 1
+        self.k = keep * self.k + k
+        self.kk = keep * self.kk + k * k
+        self.seconds = keep * self.seconds + seconds
+        self.k_seconds = keep * self.k_seconds + k * seconds
+
+    def at(self, k: int, alone: float) -> float:
+        """Expected seconds with k drafted tokens; alone: a token by the verifier alone."""
+        rounds, seconds = self.rounds + 1, self.seconds + alone
+        spread = rounds * self.kk - self.k**2
+        slope = (rounds * self.k_seconds - self.k * seconds) / spread if spread > 0 else 0.0
+        slope = max(slope, 0.0)
+        return max((seconds - slope * self.k) / rounds + slope * k, alone)
 
 
 @dataclass
 class Pace:
     """The draft length for one pair of slices and one size of batch.
 
-    most:  the longest draft
-    share: of the time, to be spent on finding out; halved by every trial that loses
+    most:   the longest draft
+    share:  of the time, to be spent on finding out; halved by every trial that loses
+    credit: seconds put by; alone: seconds a token by the verifier alone; rounds: with drafts
+    accepted, tried: drafted tokens, counts that fade; they begin with a guess of 0.8
     """
 
     most: int = 8
     share: float = 0.01
-    credit: float = 0.0  # seconds
-    alone: float | None = None  # seconds a token, by the verifier alone
-    rounds: dict[int, float] = field(default_factory=dict)  # seconds a round, by draft length
-    accepted: float = 4.0  # counts that fade; begin with a guess of 0.8
+    credit: float = 0.0
+    alone: Mean = field(default_factory=Mean)
+    rounds: Line = field(default_factory=Line)
+    accepted: float = 4.0
     tried: float = 5.0
-    since_alone: int = 0
+    _since_alone: int = 0
     _share: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -46,7 +106,7 @@ class Pace:
 
     def length(self, limit: int) -> int:
         """How many tokens to draft now, at most `limit`; 0 to let the verifier write alone."""
-        if self.alone is None or limit < 1 or self.since_alone >= REMEASURE:
+        if limit < 1 or self.alone.count < ENOUGH or self._since_alone >= REMEASURE:
             return 0
         best = max(range(min(limit, self.most) + 1), key=self.rate)
         if self.rate(best) < WORTH * self.rate(0):
@@ -57,60 +117,35 @@ class Pace:
 
     def rate(self, k: int) -> float:
         """Expected tokens a second with k drafted tokens."""
-        return self.kept(k) / self.seconds(k)
-
-    def kept(self, k: int) -> float:
-        """Expected tokens of a round."""
         a = min(self.accepted / self.tried, 0.999)
-        return (1 - a ** (k + 1)) / (1 - a)
+        return (1 - a ** (k + 1)) / (1 - a) / self.seconds(k)
 
     def seconds(self, k: int) -> float:
-        """Expected time of a round: measured, or by the nearest lengths that were measured."""
-        alone = self.alone or 0.0
-        if k in self.rounds or k == 0:
-            return self.rounds.get(k, alone)
-        known = {0: alone} | self.rounds
-        if len(known) == 1:
-            return alone  # the least it can take: a trial will tell
-        near = sorted(known, key=lambda other: abs(other - k))[:2]
-        low, high = min(near), max(near)
-        slope = max((known[high] - known[low]) / (high - low), 0.0)
-        return max(known[near[0]] + slope * (k - near[0]), alone)
+        """Expected time of a round. The verifier's counts as rather too little than too much."""
+        return self.rounds.at(k, self.alone.low) if k else self.alone.low
 
     def worst(self, k: int) -> float:
-        """What a round loses at worst: one token for its time."""
-        alone = self.alone or 0.0
-        unknown = 0.0 if self.rounds else k * alone
-        return self.seconds(k) + unknown - alone
+        """What a round loses at worst: one token for its time, drafts as slow as the verifier."""
+        unknown = 0.0 if self.rounds.rounds else k * self.alone.low
+        return self.seconds(k) + unknown - self.alone.low
 
     def wrote(self, tokens: int, seconds: float) -> None:
         """Note what the verifier alone took for some tokens."""
-        if tokens < 1:
-            return
-        self.alone = _blend(self.alone, seconds / tokens)
-        self.since_alone = 0
-        self._earn(self._share * seconds)
+        if tokens:
+            self.alone.add(seconds / tokens)
+            self._since_alone = 0
+            self._earn(self._share * seconds)
 
     def drafted(self, k: int, accepted: int, kept: int, seconds: float) -> None:
         """Note a round: k tokens drafted, so many accepted, and kept with the verifier's own."""
-        self.rounds[k] = _blend(self.rounds.get(k), seconds)
+        self.rounds.add(k, seconds)
         stopped = accepted < k  # the first that was rejected is the last that was looked at
         self.accepted = REMEMBERED * self.accepted + accepted
         self.tried = REMEMBERED * self.tried + accepted + stopped
-        self.since_alone += 1
-        gain = kept * (self.alone or 0.0) - seconds
-        if gain < 0:
-            self._share = max(self._share / 2, self.share / 16)
-        else:
-            self._share = self.share
+        self._since_alone += 1
+        gain = kept * self.alone.low - seconds
+        self._share = max(self._share / 2, self.share / 16) if gain < 0 else self.share
         self._earn(gain + self._share * seconds)
 
     def _earn(self, seconds: float) -> None:
-        self.credit = min(self.credit + seconds, CREDIT * (self.alone or 0.0))
-
-
-def _blend(old: float | None, new: float) -> float:
-    """A running mean that one wild measurement cannot carry away."""
-    if old is None:
-        return new
-    return old + RECENT * (min(max(new, old / 2), 2 * old) - old)
+        self.credit = min(self.credit + seconds, CREDIT * self.alone.low)

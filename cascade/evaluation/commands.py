@@ -182,6 +182,63 @@ def report(
     _show(Evaluation.load(directory), as_json=as_json, figures=figures, path=out)
 
 
+def calibrate(
+    directory: Annotated[Path, typer.Argument(help="run directory of `cascade eval`")],
+    target: Annotated[str, typer.Option(help="loss<=X or escalate<=X, and delta=X")],
+    policy: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="policy by name or file; that of the first stepwise run unless given"),
+    ] = None,
+    dial: Annotated[str, typer.Option(help="the field of it that is set")] = "probability",
+    source: Annotated[
+        str,
+        typer.Option(
+            help="labels: both slices write from the same states, and every setting is replayed; "
+            "runs: compare the runs that are there"
+        ),
+    ] = "labels",
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--model", "-m", help="where the checkpoint is now"),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="sequences at once")] = 16,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--out", "-o", help="policy file; policy.json in the directory unless given"),
+    ] = None,
+) -> None:
+    """Choose a policy's setting with a guarantee, on the problems of an evaluation.
+
+    Writes a file that Reasoner and `cascade run --policy` load. Stopped, the same command goes on.
+    """
+    from cascade.admission import read_policy
+    from cascade.errors import unknown
+    from cascade.evaluation.calibration import calibrate as choose
+    from cascade.evaluation.calibration import parse_target
+    from cascade.evaluation.tables import calibration_table
+    from cascade.policies import save
+
+    if source not in ("labels", "runs"):
+        raise RequestError(unknown("source", source, ["labels", "runs"]))
+    path = out or directory / "policy.json"
+    found = choose(
+        directory,
+        parse_target(target),
+        policy=read_policy(policy) if policy is not None else None,
+        dial=dial,
+        source=source,  # type: ignore[arg-type]
+        model=model,
+        batch=batch,
+    )
+    try:
+        save(found, path)
+    except (OSError, ValueError) as error:
+        raise RequestError(f"the policy could not be written: {error}") from error
+    console = Console(highlight=False)
+    console.print(calibration_table(found))
+    console.print(f"policy: {path}", soft_wrap=True)
+
+
 def _show(found: Evaluation, *, as_json: bool, figures: bool, path: Path | None = None) -> None:
     page = found.report(path)
     drawn = found.figures() if figures else []

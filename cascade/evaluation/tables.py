@@ -13,6 +13,7 @@ from rich.text import Text
 
 from cascade.evaluation.evaluation import Evaluation
 from cascade.evaluation.statistics import Comparison, Interval
+from cascade.policies import Calibrated
 
 
 def comparison_table(evaluation: Evaluation) -> Table:
@@ -57,6 +58,32 @@ def comparison_table(evaluation: Evaluation) -> Table:
 
 def _two(first: str, second: str) -> Text:
     return Text(first) + Text(f"\n{second}", style="dim")
+
+
+def calibration_table(found: Calibrated) -> Table:
+    """Every setting that was tested, and which of them holds."""
+    target = found.target
+    what = "loses" if target.lose is not None else "escalates"
+    table = Table(
+        title=f"{found.policy.model_dump().get('kind', 'policy')}: {found.dial} over {found.runs} "
+        f"{'labelled runs' if found.source == 'labels' else 'problems'}",
+        title_justify="left", caption_justify="left",
+        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False,
+    )  # fmt: skip
+    for column in (found.dial, f"{what} %", "p"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    chosen = getattr(found.policy, found.dial)
+    for test in found.tests:
+        passed = test.p_value <= target.delta
+        verdict = "chosen" if test.value == chosen else "holds" if passed else "fails"
+        cells = (f"{test.value:g}", percent(test.mean), p_value(test.p_value), verdict)
+        table.add_row(*cells, style="" if passed else "dim")
+    table.caption = (
+        f"{what} at most {target.level:.2%} with probability {1 - target.delta:g}, for problems "
+        "drawn as these were"
+    )
+    return table
 
 
 def source_name(source: Mapping[str, Any]) -> str:

@@ -49,11 +49,17 @@ class Speculative(Strategy):
             task.open_step()
             if task.thinking_is_over_budget:
                 yield from task.end_thinking(large)
+            drafting = False
             while task.log.is_open:
-                yield from self._go_on(task, small, large)
+                drafting |= yield from self._go_on(task, small, large)
+                if self._is_over(task):
+                    task.close_step("verified", small) if drafting else task.close_step("written")
 
-    def _go_on(self, task: Task, small: str, large: str) -> Run:
-        """One round of drafts, or as much of the step as the verifier writes alone; timed."""
+    def _go_on(self, task: Task, small: str, large: str) -> Generator[Verb, Any, bool]:
+        """One round of drafts, or as much of the step as the verifier writes alone; timed.
+
+        Returns whether anything was drafted.
+        """
         room = task.allowance(self.max_step_tokens - task.step_tokens)
         pace, began, before = self._pace(task, small, large), time.perf_counter(), task.kept
         k = pace.length(room - 1) if self.draft_tokens is None else min(self.draft_tokens, room - 1)
@@ -63,7 +69,12 @@ class Speculative(Strategy):
         else:
             yield from task.write(room, large)
             pace.wrote(task.kept - before, time.perf_counter() - began)
-        self._close_if_over(task, small)
+        return k > 0
+
+    def _is_over(self, task: Task) -> bool:
+        """Whether the open step can have no more tokens."""
+        full = task.step_tokens >= self.max_step_tokens
+        return full or task.finished or task.at_step_end or task.thinking_is_over_budget
 
     def _round(
         self, task: Task, k: int, small: str, large: str
@@ -86,14 +97,6 @@ class Speculative(Strategy):
         if accepted < len(ids):
             task.account.rewritten += task.kept - kept - stood
         return len(ids), stood
-
-    def _close_if_over(self, task: Task, small: str) -> None:
-        """Close a step at its end, and wherever none of it may follow."""
-        full = task.step_tokens >= self.max_step_tokens
-        if full or task.finished or task.at_step_end or task.thinking_is_over_budget:
-            step = task.log.current
-            drafted = step.drafted or step.retracted
-            task.close_step("verified" if drafted else "written", small if drafted else None)
 
     def accept(self, task: Task, table: Tensor) -> tuple[int, int]:
         """How many drafted ids stand under the verifier's logits [k + 1, V], and the id after."""
