@@ -259,9 +259,7 @@ def _by_runs(
 def _trial(record: Record, reference: float, small: str) -> Trial:
     steps = [s for s in record.steps if s["decision"] != "forced"]
     alone = sum(s["drafter"] == small and s["drafted_tokens"] == s["tokens"] for s in steps)
-    return Trial(
-        loss=max(reference - record.score, 0.0), escalated=1 - alone / max(len(steps), 1)
-    )
+    return Trial(loss=max(reference - record.score, 0.0), escalated=1 - alone / max(len(steps), 1))
 
 
 def _runs(evaluation: Evaluation) -> Iterator[Run]:

@@ -42,7 +42,9 @@ def traced(id: str, run: str, rng: random.Random, by: str) -> Record:
 def made() -> Evaluation:
     """1,000 problems under three runs, with everything odd that there can be."""
     rng = random.Random(0)
-    problems = [Problem(f"sum-{i}", f"What is {i} + {i}?", str(2 * i), kind="sum") for i in range(SIZE)]
+    problems = [
+        Problem(f"sum-{i}", f"What is {i} + {i}?", str(2 * i), kind="sum") for i in range(SIZE)
+    ]
     problems[1] = Problem("odd", STRANGE, STRANGE, kind="odd")
     problems[2] = Problem("choice", "Which?", "B", kind="choice", choices=("bird", "fish"))
     records = [traced(p.id, "stepwise", rng, "small") for p in problems]
@@ -56,7 +58,9 @@ def made() -> Evaluation:
     ]  # fmt: skip
     records[SIZE] = record("sum-0", "single", error="PolicyError: it raised", finish="error",
                            score=0.0, answer=None, steps=(), usage={}, metrics={})  # fmt: skip
-    facts = manifest(["stepwise", "single", "explore"], size=SIZE, problems=problems_digest(problems))
+    facts = manifest(
+        ["stepwise", "single", "explore"], size=SIZE, problems=problems_digest(problems)
+    )
     return Evaluation(facts, [p.described for p in problems], records)
 
 
@@ -122,7 +126,9 @@ def test_the_keyboard_walks_through_problems_and_runs(browser: Browser, page: Pa
     )
     assert visible
     browser.press("f")
-    browser.wait_for("filter.value === 'wrong' && document.querySelectorAll('#list li').length < 500")
+    browser.wait_for(
+        "filter.value === 'wrong' && document.querySelectorAll('#list li').length < 500"
+    )
     assert browser.run("document.querySelector('.verdict').textContent") == "wrong"
     assert browser.complaints == []
 
@@ -137,7 +143,8 @@ def test_a_dropped_draft_stands_beside_what_replaced_it(browser: Browser, page: 
     assert browser.run("document.querySelector('.dropped .text').textContent") == "12 + 30 = 52"
     assert browser.run("document.querySelector('.replaced mark').textContent") == "42"
     left, right = browser.run(
-        "[...document.querySelectorAll('.swap > div')].slice(0, 2).map(d => d.getBoundingClientRect().y)"
+        "[...document.querySelectorAll('.swap > div')].slice(0, 2)"
+        ".map(d => d.getBoundingClientRect().y)"
     )
     assert left == right
     browser.click(".tab:nth-child(3)")
@@ -178,7 +185,8 @@ def test_a_phone(browser: Browser, page: Path, dark: bool) -> None:
     browser.click("#back")
     browser.wait_for(hidden)
     background, text = browser.run(
-        "(() => { const s = getComputedStyle(document.body); return [s.backgroundColor, s.color]; })()"
+        "(({ backgroundColor, color }) => [backgroundColor, color])"
+        "(getComputedStyle(document.body))"
     )
     assert (luminance(background) < luminance(text)) == dark
     assert contrast(background, text) > 7
@@ -209,6 +217,6 @@ def test_a_page_without_any_result_is_a_page(browser: Browser, tmp_path: Path) -
 
 def test_the_page_needs_nothing_from_elsewhere(page: Path) -> None:
     text = page.read_text().replace("http://www.w3.org/2000/svg", "")
-    for word in ("http://", "https://", "<link rel=\"stylesheet", "@import", "<script src", "<img"):
+    for word in ("http://", "https://", '<link rel="stylesheet', "@import", "<script src", "<img"):
         assert word not in text, word
     assert "default-src 'none'" in text
