@@ -182,20 +182,22 @@ def _tokens(evaluation: Evaluation, figure: Any) -> bool:
     if not shown:
         return False
     colours = slice_colours(list(evaluation.manifest.engine.slices))
-    figure.set_size_inches(6.2, 1.1 + 1.25 * len(shown))
+    figure.set_size_inches(6.2, 0.8 + 1.05 * len(shown))
+    figure.set_layout_engine("constrained")
+    drawn: dict[str, Any] = {}
     for i, summary in enumerate(shown):
-        axes = figure.add_subplot(len(shown), 1, i + 1)
-        line = summary.timeline
+        axes, line = figure.add_subplot(len(shown), 1, i + 1), summary.timeline
         names = sorted(line.tokens, key=lambda n: list(colours).index(n) if n in colours else 99)
-        x = [(j + 0.5) * line.span for j in range(len(line.tokens[names[0]]))]
-        rates = [[count / line.span for count in line.tokens[name]] for name in names]
-        axes.stackplot(x, rates, labels=names, colors=[colours.get(n, "#888888") for n in names])
+        x = [j * line.span for j in range(len(line.tokens[names[0]]) + 1)]
+        rates = [[count / line.span for count in (*line.tokens[n], 0)] for n in names]
+        shades = [colours.get(n, BASELINE) for n in names]
+        drawn |= zip(names, axes.stackplot(x, rates, colors=shades, step="post"), strict=True)
         axes.set_title(summary.run)
         axes.set_ylabel("tokens/s")
         axes.set_xlim(0, summary.seconds)
-        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
+        axes.locator_params(axis="y", nbins=3)
     axes.set_xlabel("seconds since the run began")
-    figure.set_layout_engine("constrained")
+    figure.legend(drawn.values(), drawn.keys(), loc="outside upper right", ncols=len(drawn))
     return True
 
 

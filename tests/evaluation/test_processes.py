@@ -104,20 +104,20 @@ def test_two_ray_workers_of_which_one_is_killed(
         time.sleep(0.05)
 
 
-def test_a_worker_that_keeps_dying_ends_the_evaluation(ray: Any, tmp_path: Path) -> None:
+def test_a_worker_that_keeps_dying_ends_the_evaluation(
+    ray: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from cascade.evaluation.cluster import RayEngine
     from cascade.evaluation.engine import Request
     from cascade.evaluation.runs import run_of
     from cascade.sampling import SamplingParams
 
+    monkeypatch.setattr("cascade.evaluation.cluster.DEATHS", 1)  # each costs a model's loading
     engine = RayEngine(RECIPE, workers=1)
     try:
         run = run_of({"name": "deadly", "strategy": Deadly()})
-        with pytest.raises(EvaluationError, match=r"died 3 times.*--resume goes on"):
+        with pytest.raises(EvaluationError, match=r"died 1 times.*--resume goes on"):
             list(engine.run(run, [Request(0, "1 + 1", SamplingParams(seed=1))]))
-        run = run_of("single")
-        outcomes = list(engine.run(run, [Request(0, "1 + 1", SamplingParams(seed=1))]))
-        assert [o.error for o in outcomes] == [None]
     finally:
         engine.close()
 
