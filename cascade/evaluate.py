@@ -7,7 +7,7 @@ The module itself can be called, since function and module share their name:
 >>> reasoner = cascade.Reasoner.from_pretrained("nano")
 >>> found = cascade.evaluate(reasoner, GymSource(task="chain_sum", size=100, seed=7), ["stepwise"])
 >>> found.summaries["stepwise"].accuracy.mean
-0.93
+0.97
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -241,7 +242,7 @@ def calibrate(
 
 def _show(found: Evaluation, *, as_json: bool, figures: bool, path: Path | None = None) -> None:
     page = found.report(path)
-    drawn = found.figures() if figures else []
+    drawn = found.figures() if figures and find_spec("matplotlib") else []
     if as_json:
         facts = {name: summary.to_dict() for name, summary in found.summaries.items()}
         typer.echo(json.dumps({"runs": facts, "report": str(page)}))

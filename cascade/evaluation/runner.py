@@ -157,7 +157,7 @@ class Runner:
                     seed=seeds[finished.number],
                     tries=finished.tries,
                     session=sitting,
-                    worker=finished.worker or self.processes.index,
+                    worker=finished.worker,
                     clock=clock,
                     kept=finished.kept,
                 )

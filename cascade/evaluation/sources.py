@@ -136,6 +136,8 @@ def load(
     if isinstance(problems, (GymSource, FileSource, HubSource, Mapping)):
         source = source_of(problems)
         found, facts = source.problems(retries or Retries()), source.model_dump(mode="json")
+        if isinstance(source, FileSource):
+            facts["path"] = str(source.path.absolute())
     else:
         found = [
             p if isinstance(p, Problem) else problem_of(p, f"problem {i}", f"problem-{i}")

@@ -124,7 +124,7 @@ function acceptanceChart(host, runs, width) {
   for (const r of shown) {
     const at = (p) => plot.X((p.first + p.last) / 2 + 1);
     const share = (p) => p.kept / p.drafted;
-    draw(plot.svg, "path", { d: r.positions.map((p, i) => `${i ? "L" : "M"}${at(p)} ${plot.Y(p.high)}`).join("") + [...r.positions].reverse().map((p) => `L${at(p)} ${plot.Y(Math.max(p.low, bottom))}`).join("") + "Z", fill: r.colour, opacity: 0.12 });
+    draw(plot.svg, "path", { d: r.positions.map((p, i) => `${i ? "L" : "M"}${at(p)} ${plot.Y(p.high)}`).join("") + [...r.positions].reverse().map((p) => `L${at(p)} ${plot.Y(Math.max(p.low, bottom))}`).join("") + "Z", fill: r.colour, opacity: 0.08 });
     draw(plot.svg, "path", { d: r.positions.map((p, i) => `${i ? "L" : "M"}${at(p)} ${plot.Y(share(p))}`).join(""), fill: "none", stroke: r.colour, "stroke-width": 2 });
     for (const p of r.positions) hover(marker(plot.svg, "circle", at(p), plot.Y(share(p)), 4, r.colour), `${r.run}, step ${p.first === p.last ? p.first + 1 : `${p.first + 1} to ${p.last + 1}`}\n${percent(share(p))} of ${count(p.drafted)} drafts kept whole\n(${percent(p.low)} to ${percent(p.high)})`);
   }
