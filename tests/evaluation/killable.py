@@ -1,9 +1,9 @@
 """Evaluations that a test can kill: a process that has loaded nano and forks one on demand.
 
-    python -m tests.evaluation.killable DIRECTORY
+    python -m tests.evaluation.killable
 
 Each line on standard input is a run directory; a child evaluates into it with resume, and its pid
-is printed. Another line with a pid waits for that child and prints how it ended.
+is printed. A line with a pid waits for that child, and how it ended is printed.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ import torch
 
 import cascade
 from cascade.evaluation import GymSource
+from cascade.evaluation.sources import load
 from cascade.strategies import Single
 
-SOURCE = GymSource(task="chain_sum", size=24, seed=11)
 RUNS = [Single(slice="small"), "stepwise"]
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    reasoner = cascade.Reasoner.from_pretrained("nano", max_batch=4, max_length=256)
-    list(reasoner.as_completed(["1 + 1"] * 4))  # warm
+    reasoner = cascade.Reasoner.from_pretrained("nano", max_batch=3, max_length=256)
+    problems, _ = load(GymSource(task="chain_sum", size=12, seed=11))
+    cascade.evaluate(reasoner, problems[:1], RUNS, baselines=False)  # so that children only work
     print("ready", flush=True)
     for line in sys.stdin:
         word = line.strip()
@@ -37,7 +38,7 @@ def main() -> None:
         if pid == 0:
             try:
                 cascade.evaluate(
-                    reasoner, SOURCE, RUNS, baselines=False, out=Path(word), resume=True
+                    reasoner, problems, RUNS, baselines=False, out=Path(word), resume=True
                 )
             except BaseException as error:
                 print(repr(error), file=sys.stderr, flush=True)

@@ -77,7 +77,7 @@ def test_eval_crosses_strategies_and_policies_and_reads_files(tmp_path: Path) ->
 
 def test_report_draws_figures(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    cascade("eval", *FEW, "--out", out)
+    cascade("eval", *FEW, "--no-baselines", "--out", out)
     output = cascade("report", out, "--out", tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
     assert "figures" in output

@@ -3,8 +3,6 @@
 import json
 import os
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -109,13 +107,10 @@ def test_runs_may_be_added_and_sittings_are_listed(tmp_path: Path) -> None:
 
 def test_two_evaluations_cannot_use_one_directory(tmp_path: Path) -> None:
     store = opened(tmp_path)
-    code = (
-        "from pathlib import Path; from tests.evaluation.test_store import opened;"
-        f"opened(Path({str(tmp_path)!r}))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "is in use by another evaluation" in done.stderr
+    with pytest.raises(RunDirectoryError, match="is in use by another evaluation"):
+        opened(tmp_path)
     store.close()
+    opened(tmp_path).close()
 
 
 def test_a_full_disk_is_an_error_and_finished_items_are_kept(tmp_path: Path) -> None:
