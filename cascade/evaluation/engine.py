@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 DEFAULT_BATCH = 16
 SMALL_MODEL = 256 * 2**20  # bytes of weights
 
+# Memory is tried for with half the batch each time, soon: nobody else is waited for.
+HALVING: dict[str, Any] = {"attempts": 16, "wait": 0.02}
+
 _MEMORY = re.compile(r"OutOfMemoryError|MemoryError|CacheFull|out of memory|can't allocate memory")
 
 
@@ -69,7 +72,7 @@ class Recipe(BaseModel):
         from cascade.reasoner import Reasoner
 
         options = self.model_dump(exclude={"policy"}) | {"policy": self.policy}
-        retries = retries or Retries(attempts=5, wait=0.05)
+        retries = retries or Retries()
 
         def load() -> Reasoner:
             try:
@@ -80,7 +83,9 @@ class Recipe(BaseModel):
                 raise
 
         memory = (torch.OutOfMemoryError, MemoryError)
-        reasoner = retries.call(load, "out of memory", lambda error: isinstance(error, memory))
+        reasoner = retries.call(
+            load, "out of memory", lambda error: isinstance(error, memory), **HALVING
+        )
         # Small matrices gain nothing from several threads, and lose much where cores are busy.
         if reasoner.model.device.type == "cpu" and reasoner.model.nbytes < SMALL_MODEL:
             torch.set_num_threads(1)
@@ -129,7 +134,7 @@ class LocalEngine:
         self, reasoner: Reasoner, *, worker: int = 0, retries: Retries | None = None
     ) -> None:
         self.reasoner, self.worker = reasoner, worker
-        self.retries = retries or Retries(attempts=16, wait=0.05)
+        self.retries = retries or Retries()
 
     @property
     def batch(self) -> int:
@@ -170,7 +175,9 @@ class LocalEngine:
         try:
             while feed.left:
                 try:
-                    outcome = self.retries.call(feed.next, "out of memory", _is_out_of_memory)
+                    outcome = self.retries.call(
+                        feed.next, "out of memory", _is_out_of_memory, **HALVING
+                    )
                 except OutOfMemory as error:  # even alone
                     outcome = feed.give_up(error)
                 tries.update(feed.exhausted)

@@ -225,7 +225,7 @@ def test_an_unknown_preset_or_split_is_named(hub_copy: Path) -> None:
 
 
 def test_a_source_that_times_out_is_asked_again_and_counted() -> None:
-    retries, calls = Retries(attempts=4, wait=0.001), []
+    retries, calls = Retries(wait=0.001), []
 
     def fetch() -> str:
         calls.append(1)
