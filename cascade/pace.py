@@ -44,10 +44,9 @@ class Mean:
 
     @property
     def low(self) -> float:
-        """The mean less two standard errors; 0 without measurements."""
-        if not self.count:
-            return 0.0
-        return self.value - 2 * math.sqrt(self.variance * max(1 / self.count, RECENT / 2))
+        """The mean less two standard errors, at least half of it."""
+        error = math.sqrt(self.variance * max(1 / max(self.count, 1), RECENT / 2))
+        return max(self.value - 2 * error, self.value / 2)
 
 
 @dataclass

@@ -156,14 +156,15 @@ class Task:
     def continue_step(
         self, cap: int, slice: str, spare: int = 0
     ) -> Generator[Verb, Any, list[int]]:
-        """Let a slice draft up to the end of the step, for `commit`; counted nowhere."""
+        """Let a slice draft up to the end of the step, for `commit`; timed, but not entered."""
         ids: list[int] = []
-        room = self.allowance(cap, spare)
+        room, began = self.allowance(cap, spare), time.perf_counter()
         while len(ids) < room:
             ids += yield Draft(room - len(ids), slice, self.boundaries)
             # What may complete a delimiter of several characters need not.
             if len(self.delimiter) == 1 or self.ends_step(ids):
                 break
+        self.account.wrote(slice, len(ids), time.perf_counter() - began)
         return ids
 
     def draft(self, cap: int, slice: str, spare: int = 0) -> Generator[Verb, Any, list[int]]:
@@ -240,9 +241,7 @@ class Task:
 
     def write(self, cap: int, slice: str) -> Run:
         """Let a slice write up to the next boundary, and commit it unscored."""
-        began = time.perf_counter()
         ids = yield from self.continue_step(cap, slice)
-        self.account.wrote(slice, len(ids), time.perf_counter() - began)
         yield from self.commit(len(ids), slice)
 
     def commit(

@@ -86,11 +86,13 @@ class Transcript:
             self.phases.append(self.phase)
             self.thought += self.phase == "thinking"
             if token == self.codec.end_think_id:
+                if self._answer_at is None:  # a thought, opened or not
+                    self.phases = ["thinking"] * len(self)
+                    self.thought = len(self)
                 self._decode(final=True)
                 self.phase, self._answer_at = "answer", len(self._text)
             if len(self) == self.params.min_tokens:
-                self._decode(final=False)
-                self._search_from = len(self._text)
+                self._search_from = self._length_with(self.ids)
         if last and self.ids and self.ids[-1] in self._silent:
             self._decode(final=True, end=len(self.ids) - 1)
         self._decode(final=last)
@@ -142,8 +144,7 @@ class Transcript:
         if early > 0:
             if early >= len(ids):
                 return None
-            held = self._new_text([*self.ids, *ids[:early]], len(self) + early)
-            start = len(self._text) + len(held)
+            start = self._length_with([*self.ids, *ids[:early]])
         longest = max(map(len, self.params.stop))
         start = max(start, len(self._text) - longest + 1)
         places = [text.find(stop, start) for stop in self.params.stop]
@@ -151,16 +152,23 @@ class Transcript:
 
     def _new_text(self, ids: Seq[int], end: int) -> str:
         """Text of ids [_decoded, end), as it reads behind those before."""
+        if end <= self._decoded or self.codec.tokenizer is None:
+            return ""
         before = ids[max(self._decoded - WINDOW, 0) : self._decoded]
         known = self.codec.decode(before) or ""
         whole = self.codec.decode([*before, *ids[self._decoded : end]]) or ""
         return whole[len(known) :]
 
+    def _length_with(self, ids: Seq[int]) -> int:
+        """Length of the text of ids, without a character that is not whole."""
+        return len(self._text) + len(self._new_text(ids, len(ids)).rstrip(UNFINISHED))
+
     def _decode(self, *, final: bool, end: int | None = None) -> None:
-        if self.codec.tokenizer is None or self._decoded == len(self.ids):
-            return
-        new = self._new_text(self.ids, len(self.ids) if end is None else end)
-        if not final and new.endswith(UNFINISHED):
-            return
+        """Take in the text of ids up to `end`, or to the last whole character before."""
+        end = len(self.ids) if end is None else end
+        new = self._new_text(self.ids, end)
+        while not final and new.endswith(UNFINISHED):
+            end -= 1
+            new = self._new_text(self.ids, end)
         self._text += new
-        self._decoded = len(self.ids)
+        self._decoded = max(self._decoded, len(self.ids) if final else end)

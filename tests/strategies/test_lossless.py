@@ -138,7 +138,7 @@ def test_a_wrong_rule_is_noticed(reasoner: Reasoner, monkeypatch: pytest.MonkeyP
         return right(target, torch.full_like(draft, 1 / VOCABULARY), *rest)
 
     def keeps_all(target, draft, ids, counts, *rest):
-        accepted, following = right(target, target[:, :-1], ids, counts, *rest)
+        _, following = right(target, target[:, :-1], ids, counts, *rest)
         return counts.clone(), following
 
     def resamples_from_p(target, draft, ids, counts, seeds, positions):
@@ -153,7 +153,7 @@ def test_a_wrong_rule_is_noticed(reasoner: Reasoner, monkeypatch: pytest.MonkeyP
 
 
 def test_the_statistic_knows_right_from_wrong() -> None:
-    fair = {side: 1 / 6 for side in range(6)}
+    fair = dict.fromkeys(range(6), 1 / 6)
     throws = torch.randint(0, 6, (3000,), generator=torch.Generator().manual_seed(1)).tolist()
     assert p_value(throws, fair) > ALPHA
     assert p_value([*throws, *[3] * 250], fair) < ALPHA
