@@ -10,7 +10,7 @@ from cascade import Reasoner
 from cascade.errors import CalibrationError, RequestError, RunDirectoryError
 from cascade.evaluation import Evaluation, GymSource
 from cascade.evaluation.calibration import LABELS, calibrate, parse_target
-from cascade.policies import Calibrated, Target, Threshold, load
+from cascade.policies import Always, Calibrated, Target, Threshold, load
 from cascade.strategies import Stepwise
 from tests.evaluation.test_commands import cascade as command
 
@@ -108,8 +108,6 @@ def test_what_cannot_be_shown_is_said(directory: Path, reasoner: Reasoner, tmp_p
     with pytest.raises(CalibrationError, match="16 problems to test on are too few"):
         calibrate(directory, Target(lose=0.01, delta=0.05))
     with pytest.raises(CalibrationError, match="no stepwise run under a Always"):
-        from cascade.policies import Always
-
         calibrate(directory, Target(lose=0.2), policy=Always(), source="runs")
     with pytest.raises(RunDirectoryError, match="holds no evaluation"):
         calibrate(tmp_path, Target(lose=0.2))

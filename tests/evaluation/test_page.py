@@ -32,8 +32,8 @@ def traced(id: str, run: str, rng: random.Random, by: str) -> Record:
                      drafted_tokens=10, tokens=13, retracted="52\n", drafted_characters=10)
             )  # fmt: skip
         else:
-            steps.append(step(i, slice=by, drafter=by, score=rng.random() if by == "small" else None,
-                              drafted_tokens=10 if run == "stepwise" else 0))  # fmt: skip
+            score, drafted = rng.random() if by == "small" else None, 10 * (run == "stepwise")
+            steps.append(step(i, slice=by, drafter=by, score=score, drafted_tokens=drafted))
     steps.append(step(len(steps), text="42", phase="answer", slice=by, drafter=by))
     right = rng.random() < (0.9 if by == "large" else 0.7)
     return record(id, run, steps=tuple(steps), score=float(right), clock=rng.uniform(1, 60))
