@@ -74,13 +74,15 @@ def evaluate(
     from cascade.evaluation.retries import Retries
     from cascade.evaluation.runner import AnyEngine, Runner
     from cascade.evaluation.runs import plan
-    from cascade.evaluation.sources import HubSource, load
+    from cascade.evaluation.sources import HubSource, load, source_of
     from cascade.sampling import SamplingParams
 
     if backend not in ("local", "ray"):
         raise RequestError(unknown("backend", backend, ["local", "ray"]))
     if workers is not None and (backend != "ray" or workers < 1):
         raise RequestError(f"workers={workers}: a number from 1, with backend='ray'")
+    if isinstance(problems, Mapping):
+        problems = source_of(problems)
     retries = Retries()
     grading = Grading(grader or (problems.grader if isinstance(problems, HubSource) else None))
     found, facts = load(problems, retries)
