@@ -449,7 +449,7 @@ def test_generation_may_end_in_any_part_of_a_step(reasoner: Reasoner) -> None:
         for limits in (
             {"stop": "4 "},
             {"stop": "k>"},
-            *({"max_tokens": n} for n in range(1, 30, 4)),
+            *({"max_tokens": n} for n in range(1, 30, 7)),
         ):
             result = reasoner.generate(
                 QUESTION, policy=script(rule, gate=gate), logprobs=0, **limits
