@@ -141,7 +141,7 @@ class Task:
     def allowance(self, cap: int, spare: int = 0) -> int:
         """How many ids may be drafted now, at most `cap`, with room for `spare` behind them."""
         params, cache = self.sampler.params, self.sequence.cache
-        limits = [cap, self.sequence.room, cache.max_draft - spare]
+        limits = [cap, self.sequence.room - spare, cache.max_draft - spare]
         if params.max_tokens is not None:
             limits.append(params.max_tokens - len(self.transcript))
         if self.phase == "thinking" and params.thinking_token_budget is not None:
@@ -187,11 +187,11 @@ class Task:
         question: Question | None = None,
     ) -> Generator[Verb, Any, Proposal]:
         """Let a slice draft a step; also how it sees it itself, for a policy that `needs` that."""
-        spare = len(question.ids) if question else 0
-        ids = yield from self.draft(cap, slice, spare)
-        logits = (
-            torch.stack(self.sequence.rows[: len(ids)]) if needs & {"draft", "divergence"} else None
-        )
+        ids = yield from self.draft(cap, slice, len(question.ids) if question else 0)
+        self.log.current.scores = None
+        logits = None
+        if needs & {"draft", "divergence"}:
+            logits = torch.stack(self.sequence.rows[: len(ids)])
         figures = draft_figures(ids, logits) if logits is not None and "draft" in needs else {}
         model, meter = self.sequence.model, self.sequence.meter
         scores = DraftScores(
@@ -279,7 +279,12 @@ class Task:
         if fit.ends:
             self.transcript.cut, self.finish_reason = fit.cut, "stop"
         elif not self._may_go_on:
-            self.finish_reason = "length"
+            self.end("length")
+
+    def end(self, reason: FinishReason) -> None:
+        """End generation here."""
+        self.finish_reason = reason
+        self._hand_out_steps()
 
     def retract(self, ids: Seq[int], slice: str) -> None:
         """Note that drafted ids are dropped."""

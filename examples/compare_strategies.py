@@ -139,9 +139,9 @@ def main() -> None:
 def measure(
     reasoner: Reasoner, problems: list[Problem], strategy: Strategy, seed: int
 ) -> dict[str, Any]:
-    began = time.perf_counter()
+    began, busy = time.perf_counter(), time.process_time()
     results = reasoner.generate([p.question for p in problems], strategy=strategy, seed=seed)
-    seconds = time.perf_counter() - began
+    seconds, busy = time.perf_counter() - began, time.process_time() - busy
     failed = {result.error for result in results} - {None}
     if failed:
         raise SystemExit(f"{strategy!r}: {failed}")
@@ -158,6 +158,7 @@ def measure(
         "solved": sum(p.score(r.answer) == 1 for p, r in zip(problems, results, strict=True)),
         "problems": len(problems),
         "seconds": seconds,
+        "processor_seconds": busy,
         "threads": torch.get_num_threads(),
         "kept": kept,
         "passes": passes,
@@ -172,7 +173,8 @@ def measure(
 
 
 def row(name: str, run: Mapping[str, Any]) -> str:
-    cells = [f"{100 * run['solved'] / run['problems']:.1f}", f"{run['seconds']:.1f}"]
+    cells = [f"{100 * run['solved'] / run['problems']:.1f}"]
+    cells += [f"{run['seconds']:.1f}", f"{run['processor_seconds']:.1f}"]
     for part in ("kept", "passes", "ran"):
         cells.append(" / ".join(f"{run[part].get(s, 0):,}" for s in SLICES))
     cells += [f"{100 * run['small_share']:.1f}", f"{run['refreshed']:,}"]
@@ -181,8 +183,9 @@ def row(name: str, run: Mapping[str, Any]) -> str:
 
 def table(report: Mapping[str, Any]) -> str:
     head = (
-        "| run | solved % | seconds | tokens kept: small / medium / large | passes, by request "
-        "| tokens run | thought by small % | run again |\n|---|--:|--:|--:|--:|--:|--:|--:|"
+        "| run | solved % | wall s | processor s | tokens kept: small / medium / large "
+        "| passes a request took part in | tokens run | thought by small % | run again |\n"
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|"
     )
     return "\n".join([head, *(row(name, run) for name, run in report.items())])
 
