@@ -381,9 +381,9 @@ class Reasoner:
                 if outcome.error is not None and not many:
                     raise outcome.error
                 results[outcome.number] = outcome.event.result
-        if prompts and (not results or len(results) % len(prompts)):
+        if stopped():
             raise _Stopped
-        samples = len(results) // len(prompts) if prompts else 1
+        samples = len(results) // max(len(prompts), 1)
         grouped = _group([results[i] for i in range(len(results))], samples)
         return grouped if many else grouped[0]
 
@@ -490,7 +490,7 @@ class _Stopped(Exception):
 
 def _group(results: list[Result], samples: int) -> list[Result]:
     """One result a prompt; with several samples, the first one holding them all."""
-    if samples == 1:
+    if samples <= 1:
         return results
     groups = [results[i : i + samples] for i in range(0, len(results), samples)]
     return [replace(group[0], samples=tuple(group)) for group in groups]

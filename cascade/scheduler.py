@@ -6,6 +6,7 @@ its own error and leaves the others running. A task that gathers others waits un
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -150,6 +151,7 @@ class _Scheduler:
 
     def _resume(self, entry: _Active, outcome: Any) -> Iterator[Outcome]:
         """Give a task its outcome and take its next verb, or note how it ended."""
+        began = time.perf_counter()
         try:
             if isinstance(outcome, BaseException):
                 entry.verb = entry.run.throw(outcome)
@@ -165,6 +167,7 @@ class _Scheduler:
         except Exception as error:  # the task's own failure; the others go on
             entry.error, entry.ended = error, True
             entry.task.finish_reason = "error"
+        entry.task.busy += time.perf_counter() - began
         yield from self._drain(entry)
 
     def _drain(self, entry: _Active) -> Iterator[Outcome]:
@@ -225,8 +228,13 @@ def _execute(group: list[_Active]) -> list[Any]:
     """Outcomes of one batch. Where the batch fails, each task alone, and its error as outcome."""
     if not group:
         return []
+    began = time.perf_counter()
     try:
-        return _run_verbs(group)
+        outcomes = _run_verbs(group)
+        for entry in group:
+            entry.task.beside = len(group)
+            entry.task.busy += (time.perf_counter() - began) / len(group)
+        return outcomes
     except (CascadeError, RuntimeError, MemoryError) as error:
         if len(group) == 1:
             return [error]
@@ -235,8 +243,6 @@ def _execute(group: list[_Active]) -> list[Any]:
 
 def _run_verbs(group: list[_Active]) -> list[Any]:
     batch = Batch([entry.task.sequence for entry in group])
-    for entry in group:
-        entry.task.beside = len(group)
     verbs: list[Any] = [entry.verb for entry in group]
     match verbs[0]:
         case Append():

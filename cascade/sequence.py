@@ -148,8 +148,9 @@ class Sequence:
     ) -> list[int]:
         """Continue by up to `k` ids without committing, and return them.
 
-        Stops early after an id of `until`. Greedy without `params`. A second call goes on behind
-        the ids drafted so far.
+        Stops early after an id of `until`. Greedy without `params`; a `Sampler` knows where the
+        prompt ends, for penalties on the output and `min_tokens`. A second call goes on behind the
+        ids drafted so far.
         """
         return Batch([self]).draft([k], slice, [params], until=until)[0]
 

@@ -53,6 +53,7 @@ class Task:
     delimiter:  text that ends a step
     memory:     what strategies keep from one request of a Reasoner to the next
     beside:     requests that shared the last batch, this one included
+    busy:       seconds of work: its own, and its share of the batches it was in
     score, candidates, labels: what a strategy has found out, for whoever started it
     """
 
@@ -70,7 +71,7 @@ class Task:
         self.prompt, self.prompt_ids = prompt, tuple(prompt_ids)
         self.delimiter = delimiter
         self.memory: MutableMapping[Any, Any] = {} if memory is None else memory
-        self.beside = 1
+        self.beside, self.busy = 1, 0.0
         self.transcript = Transcript(codec, sampler.params, prompt_ids)
         self.account = Account()
         self.log = Steps(self.transcript)
@@ -114,7 +115,8 @@ class Task:
     @property
     def boundaries(self) -> frozenset[int]:
         """Ids after which a step may end."""
-        return self.codec.closers(self.delimiter) | frozenset(self.sampler.params.stop_token_ids)
+        closers, stops = self.codec.closers(self.delimiter), self.sampler.params.stop_token_ids
+        return closers | frozenset(stops) if stops else closers
 
     @property
     def thinking_is_over_budget(self) -> bool:
@@ -124,7 +126,7 @@ class Task:
     @property
     def at_step_end(self) -> bool:
         """Whether the last committed id ends a step."""
-        return self.ends_step(self.sequence.tokens[-len(self.delimiter) - 1 :])
+        return self.ends_step(self._tail(len(self.delimiter) + 1))
 
     @property
     def step_tokens(self) -> int:
@@ -139,7 +141,7 @@ class Task:
     def allowance(self, cap: int, spare: int = 0) -> int:
         """How many ids may be drafted now, at most `cap`, with room for `spare` behind them."""
         params, cache = self.sampler.params, self.sequence.cache
-        limits = [cap, self.sequence.room, cache.max_draft - spare]
+        limits = [cap, self.sequence.room - spare, cache.max_draft - spare]
         if params.max_tokens is not None:
             limits.append(params.max_tokens - len(self.transcript))
         if self.phase == "thinking" and params.thinking_token_budget is not None:
@@ -185,11 +187,11 @@ class Task:
         question: Question | None = None,
     ) -> Generator[Verb, Any, Proposal]:
         """Let a slice draft a step; also how it sees it itself, for a policy that `needs` that."""
-        spare = len(question.ids) if question else 0
-        ids = yield from self.draft(cap, slice, spare)
-        logits = (
-            torch.stack(self.sequence.rows[: len(ids)]) if needs & {"draft", "divergence"} else None
-        )
+        ids = yield from self.draft(cap, slice, len(question.ids) if question else 0)
+        self.log.current.scores = None
+        logits = None
+        if needs & {"draft", "divergence"}:
+            logits = torch.stack(self.sequence.rows[: len(ids)])
         figures = draft_figures(ids, logits) if logits is not None and "draft" in needs else {}
         model, meter = self.sequence.model, self.sequence.meter
         scores = DraftScores(
@@ -277,7 +279,12 @@ class Task:
         if fit.ends:
             self.transcript.cut, self.finish_reason = fit.cut, "stop"
         elif not self._may_go_on:
-            self.finish_reason = "length"
+            self.end("length")
+
+    def end(self, reason: FinishReason) -> None:
+        """End generation here."""
+        self.finish_reason = reason
+        self._hand_out_steps()
 
     def retract(self, ids: Seq[int], slice: str) -> None:
         """Note that drafted ids are dropped."""
@@ -312,7 +319,7 @@ class Task:
             return
         if not self.log.is_open:
             self.open_step()
-        ids = self.codec.end_of_thinking(self.sequence.tokens[-2:])[: self.sequence.room]
+        ids = self.codec.end_of_thinking(self._tail(2))[: self.sequence.room]
         yield Propose(ids)
         yield Verify(slice, repair=False)
         yield from self.commit(len(ids), slice)
@@ -434,6 +441,10 @@ class Task:
                 entries += (likeliest(r, i, wanted) for r, i in zip(table, chunk, strict=False))
             yield Commit(len(chunk))
         return found, entries
+
+    def _tail(self, count: int) -> list[int]:
+        """The last committed ids."""
+        return [*self.prompt_ids[-count:], *self.transcript.ids[-count:]][-count:]
 
     def _stale(self, slice: str) -> int:
         """Tokens that a verifying pass of a slice runs again before it starts."""

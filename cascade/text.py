@@ -162,9 +162,10 @@ class Codec:
                     [[i] for i in ids], clean_up_tokenization_spaces=False
                 )
                 found = {i for i, text in zip(ids, texts, strict=True) if delimiter[-1] in text}
-            self._closers[delimiter] = frozenset(found)
-        tags = frozenset() if self.end_think_id is None else frozenset({self.end_think_id})
-        return self._closers[delimiter] | self.end_ids | tags
+            if self.end_think_id is not None:
+                found.add(self.end_think_id)
+            self._closers[delimiter] = frozenset(found) | self.end_ids
+        return self._closers[delimiter]
 
     def closes(self, ids: Seq[int], delimiter: str) -> bool:
         """Whether a step ends with the last of these ids."""

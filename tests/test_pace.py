@@ -121,6 +121,38 @@ def test_no_machine_makes_it_two_percent_slower(
     assert machine.run(5000)[0] <= 1.02
 
 
+@pytest.mark.parametrize("rows", [3, 20])
+@pytest.mark.parametrize("name", [*LOSING, *WINNING])
+def test_rows_of_a_batch_go_together(name: str, rows: int) -> None:
+    """Lines of 1 to 30 tokens: a batch lasts as long as its longest, and each row has its share."""
+    machine, rng = (LOSING | WINNING)[name], random.Random(1)
+    pace, alone, total, written = Pace(rows=1 << rows.bit_length() >> 1), 0.0, 0.0, 0
+    steps = lines = 0
+    while written < 2500 * rows:
+        chosen = [pace.length(LINE, rows) for _ in range(rows)]
+        assert len(set(chosen)) == 1
+        if chosen[0] == 0:
+            sizes = [rng.randint(1, 30) for _ in range(rows)]
+            seconds, steps, lines = float(max(sizes)), steps + max(sizes), lines + sum(sizes)
+            for size in sizes:
+                pace.wrote(size, seconds / rows)
+        else:
+            k = chosen[0]
+            seconds = k * machine.draft + 1 + k * machine.extra + machine.round
+            sizes = []
+            for _ in range(rows):
+                accepted = 0
+                while accepted < k and rng.random() < machine.accept(0):
+                    accepted += 1
+                sizes.append(accepted + 1)
+                pace.drafted(k, accepted, accepted + 1, seconds / rows)
+        total, written = total + seconds, written + sum(sizes)
+    alone = steps / lines  # seconds a token where nothing is drafted
+    assert total / written <= 1.02 * alone
+    if name in WINNING:
+        assert total / written < 0.9 * alone
+
+
 def test_nothing_is_drafted_before_the_verifier_alone_was_timed() -> None:
     assert Pace().length(8) == 0
 

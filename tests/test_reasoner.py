@@ -86,6 +86,10 @@ def test_a_list_keeps_its_order_and_equals_one_by_one(reasoner: Reasoner) -> Non
         assert result.token_ids == reasoner.generate(question).token_ids
 
 
+def test_no_prompts_have_no_results(reasoner: Reasoner) -> None:
+    assert reasoner.generate([]) == []
+
+
 def test_a_seed_gives_the_same_tokens_alone_and_in_a_batch(reasoner: Reasoner) -> None:
     params = [SamplingParams(temperature=1.0, seed=i) for i in range(len(QUESTIONS))]
     together = reasoner.generate(QUESTIONS, params, strategy="single")

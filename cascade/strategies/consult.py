@@ -41,6 +41,11 @@ class Counsel:
             )
         return cls(policy, needs, judge.ask(codec) if "judge" in needs else None)
 
+    @property
+    def spare(self) -> int:
+        """Tokens that the question takes behind a draft."""
+        return len(self.question.ids) if self.question else 0
+
     def skips(self, draft: DraftScores) -> bool:
         """Whether a drafted step is kept without verification."""
         answer = _ask(self.policy, lambda: self.policy.skips(draft))

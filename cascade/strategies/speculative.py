@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator
 from typing import Annotated, Any, Literal
 
@@ -61,14 +60,15 @@ class Speculative(Strategy):
         Returns whether anything was drafted.
         """
         room = task.allowance(self.max_step_tokens - task.step_tokens)
-        pace, began, before = self._pace(task, small, large), time.perf_counter(), task.kept
-        k = pace.length(room - 1) if self.draft_tokens is None else min(self.draft_tokens, room - 1)
+        pace, began, before = self._pace(task, small, large), task.busy, task.kept
+        k = self.draft_tokens
+        k = pace.length(room - 1, task.beside) if k is None else min(k, room - 1)
         if k > 0:
             drafted, accepted = yield from self._round(task, k, small, large)
-            pace.drafted(drafted, accepted, task.kept - before, time.perf_counter() - began)
+            pace.drafted(drafted, accepted, task.kept - before, task.busy - began)
         else:
             yield from task.write(room, large)
-            pace.wrote(task.kept - before, time.perf_counter() - began)
+            pace.wrote(task.kept - before, task.busy - began)
         return k > 0
 
     def _is_over(self, task: Task) -> bool:
@@ -117,7 +117,7 @@ class Speculative(Strategy):
 
     def _pace(self, task: Task, small: str, large: str) -> Pace:
         """What has been measured with these slices, in batches of about this size."""
-        size = task.beside.bit_length()
-        key = ("pace", small, large, size, self.most, task.sampler.params.greedy)
-        pace: Pace = task.memory.setdefault(key, Pace(self.most))
+        rows = 1 << task.beside.bit_length() >> 1
+        key = ("pace", small, large, rows, self.most, task.sampler.params.greedy)
+        pace: Pace = task.memory.setdefault(key, Pace(self.most, rows))
         return pace

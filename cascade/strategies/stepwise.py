@@ -56,6 +56,8 @@ class Stepwise(Strategy):
             elif lead:
                 yield from self._write(task, "lead", verifier)
                 lead -= 1
+            elif not task.allowance(1, counsel.spare):  # no room for a question
+                task.end("length")
             else:
                 lead = yield from self._step(task, counsel, tiers)
 

@@ -1,6 +1,6 @@
 """Speculative sampling leaves the verifier's distribution as it is: chi-square, exact references.
 
-Each test draws thousands of short outputs under fixed seeds and compares the frequencies of whole
+Each test draws a thousand short outputs under fixed seeds and compares the frequencies of whole
 outputs with their exact probabilities, which the verifying slice alone gives by enumeration. Were
 the seeds fresh, each comparison would fail wrongly once in 10,000 times (`ALPHA`).
 """
@@ -87,7 +87,7 @@ def test_maximal_coupling_draws_from_the_verifiers_distribution(
 ) -> None:
     params = SamplingParams(**SETTINGS[setting])
     strategy = Speculative(coupling="maximal", draft_tokens=2)
-    drawn, accepted = outputs(reasoner, strategy, params, 2000)
+    drawn, accepted = outputs(reasoner, strategy, params, 1000)
     assert 0.02 < accepted < 0.98  # both branches are taken
     assert p_value(drawn, exact(reasoner, params)) > ALPHA
 
@@ -97,16 +97,16 @@ def test_common_coupling_draws_what_single_draws_seed_by_seed(
     reasoner: Reasoner, setting: str
 ) -> None:
     params = SamplingParams(**SETTINGS[setting])
-    alone, _ = outputs(reasoner, Single(), params, 300)
+    alone, _ = outputs(reasoner, Single(), params, 200)
     for k in (1, 2):
-        drawn, accepted = outputs(reasoner, Speculative(draft_tokens=k), params, 300)
+        drawn, accepted = outputs(reasoner, Speculative(draft_tokens=k), params, 200)
         assert 0.02 < accepted < 0.98
         assert drawn == alone
 
 
 def test_single_itself_draws_from_the_distribution(reasoner: Reasoner) -> None:
     params = SamplingParams(**SETTINGS["all penalties"])
-    drawn, _ = outputs(reasoner, Single(), params, 2000)
+    drawn, _ = outputs(reasoner, Single(), params, 1000)
     assert p_value(drawn, exact(reasoner, params)) > ALPHA
 
 
@@ -120,7 +120,7 @@ def test_a_confidently_wrong_drafter_changes_nothing(coupling: str) -> None:
         sequence.draft(1, "small", params)
         assert float(sequence.proposals[0].max()) > 0.9
     strategy = Speculative(coupling=coupling, draft_tokens=2)
-    drawn, accepted = outputs(sure, strategy, params, 2000)
+    drawn, accepted = outputs(sure, strategy, params, 1000)
     assert accepted < 0.3
     assert p_value(drawn, exact(sure, params)) > ALPHA
 
@@ -148,7 +148,7 @@ def test_a_wrong_rule_is_noticed(reasoner: Reasoner, monkeypatch: pytest.MonkeyP
 
     for wrong in (q_without_filters, keeps_all, resamples_from_p):
         monkeypatch.setattr(reasoner.model.kernels, "accept_resample", wrong)
-        drawn, _ = outputs(reasoner, strategy, params, 2000)
+        drawn, _ = outputs(reasoner, strategy, params, 1000)
         assert p_value(drawn, expected) < 1e-8
 
 

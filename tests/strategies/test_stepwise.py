@@ -202,6 +202,17 @@ def test_the_judges_answer_is_the_probability_of_yes_against_no(reasoner: Reason
     assert policy.seen[0].judge == pytest.approx(yes / (yes + no), rel=1e-3)
 
 
+def test_a_question_must_fit_behind_the_step(reasoner: Reasoner) -> None:
+    """Where the cache ends before, generation does."""
+    prompt = len(reasoner.codec.encode_prompt(QUESTION)[1])
+    question = len(reasoner.codec.encode(Judge().question))
+    short = Reasoner(reasoner.model, max_batch=1, max_length=prompt + question + 15)
+    result = short.generate(QUESTION, policy=Threshold(score="judge", probability=0.01))
+    check(result)
+    assert result.finish_reason == "length"
+    assert len(result.token_ids) == 15
+
+
 @pytest.mark.parametrize(
     ("judge", "message"),
     [
@@ -449,7 +460,7 @@ def test_generation_may_end_in_any_part_of_a_step(reasoner: Reasoner) -> None:
         for limits in (
             {"stop": "4 "},
             {"stop": "k>"},
-            *({"max_tokens": n} for n in range(1, 30, 4)),
+            *({"max_tokens": n} for n in range(1, 30, 7)),
         ):
             result = reasoner.generate(
                 QUESTION, policy=script(rule, gate=gate), logprobs=0, **limits
