@@ -68,5 +68,5 @@ $(VENV)/run.stamp: $(INPUTS) | $(BIN)/python
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/run.stamp
-	@$(PIP) --editable '.[eval,test]'
+	@$(PIP) --editable '.[eval,cluster,serve,test]'
 	@touch $@

@@ -18,6 +18,7 @@ setup(
     package_data={
         "cascade": [
             "py.typed",
+            "evaluation/assets/*",
             *(f"checkpoints/**/*.{kind}" for kind in ("json", "safetensors", "md", "jinja")),
         ],
         "cascade.kernels": ["**/*.cu", "**/*.cuh"],

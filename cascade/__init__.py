@@ -32,6 +32,7 @@ _WHERE = {
     "Sequence": "sequence",
     "SliceSpec": "slices",
     "Step": "results",
+    "evaluate": "evaluate",
     "handoff_report": "handoff",
 }
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from cascade.batch import Batch as Batch
     from cascade.cache import Cache as Cache
     from cascade.errors import CascadeError as CascadeError
+    from cascade.evaluate import evaluate as evaluate
     from cascade.handoff import handoff_report as handoff_report
     from cascade.model import ElasticModel as ElasticModel
     from cascade.reasoner import Reasoner as Reasoner
@@ -53,7 +55,9 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name in _WHERE:
-        return getattr(import_module(f"cascade.{_WHERE[name]}"), name)
+        module = import_module(f"cascade.{_WHERE[name]}")
+        # A module of the same name stands here anyway once it is imported; it can be called.
+        return module if _WHERE[name] == name else getattr(module, name)
     raise AttributeError(f"module 'cascade' has no attribute {name!r}")
 
 

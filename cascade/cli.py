@@ -1,4 +1,4 @@
-"""The command line: `cascade run | demo | inspect | export | audit`."""
+"""The command line: `cascade run | demo | eval | report | calibrate | inspect | export | audit`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from cascade.errors import CascadeError
+from cascade.evaluation import commands
 
 if TYPE_CHECKING:
     from cascade.reasoner import Reasoner
@@ -35,10 +36,19 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON object instea
 def run(
     prompt: Annotated[str, typer.Argument(help="the question; - reads it from standard input")],
     model: Model = "nano",
-    strategy: Annotated[str, typer.Option(help="stepwise, budget, explore or single")] = "stepwise",
+    strategy: Annotated[
+        str, typer.Option(help="stepwise, speculative, budget, explore or single")
+    ] = "stepwise",
     draft: Annotated[Optional[str], typer.Option(help="slice that drafts")] = None,  # noqa: UP045
     verify: Annotated[Optional[str], typer.Option(help="slice that verifies")] = None,  # noqa: UP045
-    threshold: Annotated[float, typer.Option(help="least token probability of a kept step")] = 0.5,
+    policy: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="when to keep a step: a policy's name, or its .json or .yaml file"),
+    ] = None,
+    threshold: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="in place of --policy: least token probability of a kept step"),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
     top_p: Annotated[float, typer.Option()] = 1.0,
     seed: Annotated[Optional[int], typer.Option()] = None,  # noqa: UP045
@@ -48,25 +58,19 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Answer one prompt, showing each step as it is committed."""
-    from pydantic import ValidationError
-
-    from cascade.errors import RequestError
-    from cascade.policies import Threshold
     from cascade.render import StepPrinter, summary
+    from cascade.strategies import resolve
 
-    try:
-        policy = Threshold(probability=threshold)
-    except ValidationError:
-        raise RequestError(f"threshold={threshold} is not between 0 and 1") from None
+    chosen, way = _policy(policy, threshold), resolve(strategy)
     reasoner = _load(
-        model, draft=draft, verify=verify, strategy=strategy, device=device, max_batch=1
+        model, draft=draft, verify=verify, strategy=way, device=device, max_batch=way.slots
     )
     console = _console()
     printer = StepPrinter(console, list(reasoner.model.slices))
     text = sys.stdin.read() if prompt == "-" else prompt
     events = reasoner.stream(
         text,
-        policy=policy,
+        policy=chosen,
         temperature=temperature,
         top_p=top_p,
         seed=seed,
@@ -251,6 +255,20 @@ def _audit_handoffs(reasoner: Reasoner, prompts: list[str], as_json: bool) -> No
     console.print(report.recommendation, soft_wrap=True)
 
 
+def _policy(policy: str | None, threshold: float | None) -> Any:
+    """The policy that the options of `run` name."""
+    from cascade.admission import read_policy
+    from cascade.errors import RequestError
+
+    if threshold is None:
+        return None if policy is None else read_policy(policy)
+    if policy is not None:
+        raise RequestError("--threshold is short for --policy threshold; give one of them")
+    if not 0 < threshold < 1:
+        raise RequestError(f"threshold={threshold} is not between 0 and 1")
+    return {"kind": "threshold", "probability": threshold}
+
+
 def _load(model: str, **options: Any) -> Reasoner:
     """A Reasoner for this process alone, which may then set the threads of torch.
 
@@ -275,6 +293,11 @@ def _escape(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
+
+
+app.command("eval")(commands.evaluate)
+app.command()(commands.report)
+app.command()(commands.calibrate)
 
 
 def main() -> None:

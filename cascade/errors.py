@@ -10,8 +10,12 @@ CascadeError
 │   ├── SequenceClosed       use after close
 │   ├── CapacityExceeded     longer than max_length, or more than the journal holds
 │   └── CacheFull            every slot of the cache is in use
+├── CalibrationError         no setting of a policy holds the target, or the runs are too few
 ├── NumericalError           NaN or infinity where a number was needed
 ├── PolicyError              a policy raised, or decided something that does not exist
+├── EvaluationError          an evaluation could not be set up, or not go on; what is done is kept
+│   ├── ProblemError         problems that could not be read, or contradict themselves
+│   └── RunDirectoryError    a run directory of something else, in use, damaged or on a full disk
 └── KernelError              a kernel refused its arguments, or could not be compiled
 
 Most of these are also the builtin that fits (`ValueError`, `RuntimeError`), so code that
@@ -70,6 +74,22 @@ class NumericalError(CascadeError, ArithmeticError):
 
 class PolicyError(CascadeError, RuntimeError):
     """A policy raised, or returned a decision that does not exist."""
+
+
+class EvaluationError(CascadeError):
+    """An evaluation could not be set up, or could not go on. Finished items are kept."""
+
+
+class ProblemError(EvaluationError, ValueError):
+    """Problems could not be read: a missing file, a malformed line, an id that stands twice."""
+
+
+class RunDirectoryError(EvaluationError, RuntimeError):
+    """A run directory holds another configuration, is in use, damaged, or its disk is full."""
+
+
+class CalibrationError(CascadeError, ValueError):
+    """No setting of a policy holds the target on these runs, or they are too few to tell."""
 
 
 class KernelError(CascadeError, ValueError):

@@ -1,14 +1,16 @@
-"""Problems with known answers: reasoning-gym's procedural tasks, made by name, size and seed.
+"""Problems with known answers, and reasoning-gym's procedural tasks by name, size and seed.
 
-Needs the extra `eval`.
+The tasks need the extra `eval`.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count, islice
+from string import ascii_uppercase
 from typing import Any
 
 from cascade.errors import CascadeError, RequestError, unknown
@@ -26,18 +28,50 @@ NANO_KINDS: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A question, its answer, and the grader that reasoning-gym brings for it."""
+    """A question and the answer it should get.
+
+    id:      unique in a set of problems; kind: what it is compared with, a task's name for example
+    choices: the options of a multiple-choice question as they are shown; `answer` is the letter
+    ask:     what is said under the question: how to answer it
+    facts:   what its source recorded about it, the permutation of the choices for example
+    grader:  the source's own score of an answer, 0 to 1, where it brings one
+    """
 
     id: str
-    kind: str
     question: str
     answer: str
-    entry: Mapping[str, Any] = field(repr=False)
-    dataset: Any = field(repr=False)
+    kind: str = ""
+    choices: tuple[str, ...] = ()
+    ask: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    grader: Callable[[str | None], float] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def prompt(self) -> str:
+        """What the model is asked: the question, the lettered choices, and how to answer."""
+        letters = ascii_uppercase[: len(self.choices)]
+        lines = [f"{letter}) {text}" for letter, text in zip(letters, self.choices, strict=True)]
+        parts = (self.question, "\n".join(lines), self.ask)
+        return "\n\n".join(part for part in parts if part)
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """Everything but the grader, as JSON has it."""
+        return {
+            "id": self.id,
+            "question": self.question,
+            "answer": self.answer,
+            "kind": self.kind,
+            "choices": list(self.choices),
+            "ask": self.ask,
+            "facts": dict(self.facts),
+        }
 
     def score(self, answer: str | None) -> float:
-        """reasoning-gym's own score of an answer, 0 to 1; 1 is solved."""
-        return float(self.dataset.score_answer(answer, self.entry))
+        """The source's own score of an answer, 0 to 1; 1 is solved. Raises RequestError."""
+        if self.grader is None:
+            raise RequestError(f"problem {self.id!r} comes without a grader of its own")
+        return float(self.grader(answer))
 
 
 def make(kind: str, size: int, seed: int, **settings: Any) -> list[Problem]:
@@ -50,16 +84,18 @@ def stream(kind: str, seed: int, **settings: Any) -> Iterator[Problem]:
     gym = _gym()
     if kind not in gym.factory.DATASETS:
         raise RequestError(unknown("reasoning-gym task", kind, gym.factory.DATASETS))
-    dataset = gym.create_dataset(kind, seed=seed, size=1_000_000_000, **settings)
+    try:
+        dataset = gym.create_dataset(kind, seed=seed, size=1_000_000_000, **settings)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise RequestError(f"reasoning-gym task {kind!r} refuses {settings}: {error}") from error
     for i in count():
         entry = dataset[i]
         yield Problem(
             id=f"{kind}-{seed}-{i}",
             kind=kind,
             question=entry["question"],
-            answer=entry["answer"],
-            entry=entry,
-            dataset=dataset,
+            answer=str(entry["answer"]),
+            grader=partial(dataset.score_answer, entry=entry),
         )
 
 

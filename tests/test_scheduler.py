@@ -53,7 +53,7 @@ class Gathering(Strategy):
         while not task.finished:
             task.open_step()
             yield from task.write(64, roles.verify)
-            task.close_step("written", roles.verify, roles.verify)
+            task.close_step("written")
 
     def _child(self, child: Task, number: int, roles: Roles) -> Run:
         if self.nested:
@@ -61,7 +61,7 @@ class Gathering(Strategy):
         for _ in range(number + 1):
             child.open_step()
             yield from child.write(3, roles.draft)
-            child.close_step("written", roles.draft, roles.draft)
+            child.close_step("written")
             if number == self.failing:
                 raise ValueError(f"child {number} fails")
 
