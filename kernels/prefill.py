@@ -1,7 +1,8 @@
 """A layer's activations for many tokens: the library's products, and a scan in parallel chunks.
 
-The same functions as in `reference_layers`, by another order of the same sums. They run on any device;
-on a GPU they keep it busy, where the definitions would launch one small kernel after the other.
+The same functions as in `reference_layers`, by another order of the same sums. They run on any
+device; on a GPU they keep it busy, where the definitions would launch one small kernel after the
+other.
 """
 
 from __future__ import annotations
@@ -60,9 +61,9 @@ def attention(
 def ssm_scan(
     state: Tensor, scanned: Tensor, dt: Tensor, read: Tensor, decay: Tensor, skip: Tensor
 ) -> Tensor:
-    """See reference_layers.ssm_scan: the chunks of a span side by side (arXiv 2405.21060, listing 1).
+    """See reference_layers.ssm_scan: the chunks of a span side by side.
 
-    Temporaries are quadratic in the chunk alone.
+    Mamba-2, arXiv 2405.21060, listing 1. Temporaries are quadratic in the chunk alone.
     """
     length, total = read.shape[1], scanned.shape[1]
     if total != length or length <= SCAN_CHUNK:
