@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from cascade import scheduler
 from cascade.audit import AuditReport
+from cascade.cache import DraftCache
 from cascade.errors import CascadeError, PromptTooLong, RequestError
 from cascade.events import Done, Event
 from cascade.model import ElasticModel
@@ -23,7 +24,7 @@ from cascade.policies import Policy, Threshold
 from cascade.results import Result
 from cascade.sampling import Sampler, SamplingParams, derive_seed
 from cascade.scheduler import Job
-from cascade.sequence import Consistency
+from cascade.sequence import Consistency, check_consistency
 from cascade.strategies import Strategy, resolve
 from cascade.strategies.base import Roles
 from cascade.task import Task
@@ -51,11 +52,14 @@ class Reasoner:
         max_batch: int = DEFAULT_BATCH,
         max_length: int | None = None,
         consistency: Consistency = "exact",
+        draft_cache: DraftCache = "shared",
     ) -> None:
+        check_consistency(consistency)
         self.model = model
         self.roles = Roles(draft or model.smallest, verify or model.largest, policy or Threshold())
         self.strategy = resolve(strategy)
         self.consistency: Consistency = consistency
+        self.draft_cache: DraftCache = draft_cache
         self.max_batch = max_batch
         small, large = (model.slice_spec(n) for n in (self.roles.draft, self.roles.verify))
         if small.parameters > large.parameters:
@@ -65,7 +69,9 @@ class Reasoner:
         if max_batch < 1:
             raise RequestError(f"max_batch={max_batch} must be at least 1")
         self.codec = Codec.from_directory(model.directory, model.config)
-        self.cache = model.cache(max_batch=max_batch, max_length=max_length)
+        self.cache = model.cache(
+            max_batch=max_batch, max_length=max_length, draft_cache=draft_cache
+        )
         self._lock = threading.Lock()
 
     @classmethod
@@ -82,6 +88,7 @@ class Reasoner:
         max_batch: int = DEFAULT_BATCH,
         max_length: int | None = None,
         consistency: Consistency = "exact",
+        draft_cache: DraftCache = "shared",
         **load: Any,
     ) -> Reasoner:
         """Load `"nano"` (ships with cascade), a directory, or a Hub id.
@@ -90,6 +97,10 @@ class Reasoner:
         strategy:      `"stepwise"`, `"budget"`, `"explore"`, `"single"`, or a `Strategy`
         policy:        when to keep a drafted step; `Threshold()` unless given
         max_batch, max_length: sequences at once, and tokens (prompt included) of each
+        consistency:   what the cache promises while slices take turns: `"exact"`, `"shared"` or
+                       `"refresh"` (see `Sequence`)
+        draft_cache:   `"own"` for checkpoints whose slices cannot read each other's cache
+                       (`handoff_report` measures it): twice the cache, see `Sequence`
         load:          further arguments of `ElasticModel.from_pretrained`
         """
         if not isinstance(model, ElasticModel):
@@ -103,6 +114,7 @@ class Reasoner:
             max_batch=max_batch,
             max_length=max_length,
             consistency=consistency,
+            draft_cache=draft_cache,
         )
 
     @overload
@@ -139,7 +151,8 @@ class Reasoner:
         prompt:    a string, a list of chat messages, `{"prompt_token_ids": [...]}`, or a list of
                    these
         params:    `SamplingParams`, or one for each prompt of a list
-        overrides: fields of `SamplingParams` by name, `temperature=0.7` for example
+        overrides: fields of `SamplingParams` by name, `temperature=0.7` for example; and
+                   `consistency`, in place of the Reasoner's own
 
         One prompt returns a `Result` and raises what went wrong. A list returns a list; a request
         that fails while it runs has `finish_reason="error"` and its `error`, the others go on.
@@ -259,6 +272,9 @@ class Reasoner:
         """Check everything before any work; one job a sample. Also the samples per prompt."""
         if not prompts:
             return [], 1
+        overrides = dict(overrides)
+        consistency: Consistency = overrides.pop("consistency", self.consistency)
+        check_consistency(consistency)
         chosen = self.strategy if strategy is None else resolve(strategy)
         roles = self.roles if policy is None else replace(self.roles, policy=policy)
         for name in ("slice", "draft", "verify", "think", "answer"):
@@ -285,15 +301,23 @@ class Reasoner:
                 elif sample or shared_seed:
                     seed = derive_seed(seed, number if shared_seed else 0, sample)
                 sampler = Sampler(settings, seed, len(ids), self._ends(settings))
-                start = self._starter(chosen, roles, sampler, text, ids)
+                start = self._starter(chosen, roles, sampler, text, ids, consistency)
                 jobs.append(Job(len(jobs), start, chosen.slots))
         return jobs, samples
 
     def _starter(
-        self, strategy: Strategy, roles: Roles, sampler: Sampler, text: str | None, ids: list[int]
+        self,
+        strategy: Strategy,
+        roles: Roles,
+        sampler: Sampler,
+        text: str | None,
+        ids: list[int],
+        consistency: Consistency,
     ) -> Any:
         def start() -> tuple[Task, Run]:
-            sequence = self.model.sequence(cache=self.cache, consistency=self.consistency)
+            sequence = self.model.sequence(
+                cache=self.cache, consistency=consistency, draft_cache=self.draft_cache
+            )
             task = Task(sequence, self.codec, sampler, text, ids)
             return task, strategy.run(task, roles)
 
