@@ -17,6 +17,7 @@ from torch import Tensor
 from cascade.audit import AuditReport, audit
 from cascade.batch import Batch, TokenIds
 from cascade.cache import Cache, DraftCache, Slot
+from cascade.digest import CacheDigest, digest
 from cascade.errors import RequestError, SequenceClosed, unknown
 from cascade.passes import settle
 from cascade.sampling import Sampler, SamplingParams
@@ -262,6 +263,14 @@ class Sequence:
         """Compare the cache with a from-scratch prefill of the committed tokens under `slice`."""
         settle([self])
         return audit(self, slice, tolerance=tolerance)
+
+    def digest(self) -> CacheDigest:
+        """64-bit digests of the committed cache by layer and 64 positions, to compare two of them.
+
+        `a.digest() == b.digest()` where both hold the same bits; `differences` says where not.
+        """
+        settle([self])
+        return digest(self)
 
     def copy_to(self, targets: list[Sequence]) -> None:
         """What is committed, into sequences that hold nothing yet."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from cascade import ElasticModel, Reasoner
+from cascade import ElasticModel, Reasoner, batch
 from cascade.architecture import Architecture
 from cascade.batch import Batch
 from cascade.cache import Cache, DraftCache
@@ -280,22 +280,22 @@ def test_rows_with_and_without_one_are_as_each_alone(model: ElasticModel) -> Non
     kinds: list[DraftCache] = ["own", "own", "shared", "own"]
     rows = [model.sequence(cache=cache, draft_cache=kind) for kind in kinds]
     single = [model.sequence(cache=cache, draft_cache=kind) for kind in kinds]
-    batch = Batch(rows)
-    batch.append(prompts, "large")
+    together = Batch(rows)
+    together.append(prompts, "large")
     for row, prompt in zip(single, prompts, strict=True):
         row.append(prompt, "large")
     for k, n, bonus in (
         ([4, 3, 5, 0], [2, 3, 1, 0], [1, None, 2, 3]),
         ([2, 4, 2, 6], [2, 0, 2, 6], [None, 5, None, None]),
     ):
-        drafted = batch.draft(k, "small", [SAMPLED] * 4)
+        drafted = together.draft(k, "small", [SAMPLED] * 4)
         assert drafted == [s.draft(c, "small", SAMPLED) for s, c in zip(single, k, strict=True)]
-        tables = batch.verify("large")
+        tables = together.verify("large")
         for row, table, count, more, drafts in zip(single, tables, n, bonus, k, strict=True):
             if drafts:
                 same(row.verify("large"), table)
             row.commit(count, more)
-        batch.commit(n, bonus)
+        together.commit(n, bonus)
     for row, other in zip(rows, single, strict=True):
         assert row.tokens == other.tokens and row.provenance == other.provenance
         assert row.audit("large").ok
@@ -379,6 +379,52 @@ def test_a_draft_slice_with_nan_weights_leaves_the_shared_cache_alone() -> None:
                 seq.draft(2, "large")
             assert seq.drafted == [] and seq.companion is None and unchanged(seq, bits)
         assert seq.draft(3, "medium", SAMPLED) == alone(model, PROMPT, 3, "medium")[0]
+
+
+def test_nan_of_a_failed_catch_up_reaches_no_later_pass() -> None:
+    """A row is padded to the longest of its batch, with what its slot holds behind its tokens."""
+    source = parent("M*EM")
+    source.model.embeddings.weight[:, 30] = torch.nan
+    model = elastic(source)
+    cache = model.cache(max_batch=2, max_length=64, max_draft=8, draft_cache="own")
+    rows = [model.sequence(cache=cache, draft_cache="own") for _ in range(2)]
+    for row in rows:
+        row.append(PROMPT * 2, "small")
+    with pytest.raises(NumericalError):
+        rows[0].draft(2, "large")  # in its own cache
+    rows[0].append([1, 2], "medium")
+    rows[0].slot.entry_slice = model.slice_index("large")  # as if it had run these tokens
+    rows[0].propose([1, 2, 3, 4])
+    rows[0].commit(4)
+    with pytest.raises(NumericalError):
+        rows[0].append([1], "medium")  # what waited for `large` is run first
+    rows[0].rollback(4)
+    for drafter in ("small", "medium"):  # in the shared cache and in their own
+        drafted = Batch(rows).draft([3, 3], drafter, [SAMPLED] * 2)
+        assert drafted == [alone(model, row.tokens, 3, drafter)[0] for row in rows]
+        Batch(rows).commit([0, 0])
+        Batch(rows).append([[7], [8]], "small")
+
+
+def test_a_commit_interrupted_at_its_end_does_not_count_as_run(
+    seq: Sequence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seq.append(PROMPT, "large")
+    seq.propose([1, 2, 3])
+    seq.verify("large")
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "extend", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            seq.commit(3)
+    assert seq.tokens == PROMPT and seq.drafted == [1, 2, 3]
+    seq.commit(0)
+    seq.propose([7, 8, 9, 10])
+    seq.commit(4)
+    assert seq.audit("large").ok and seq.tokens == [*PROMPT, 7, 8, 9, 10]
 
 
 # ---- for a whole request ----

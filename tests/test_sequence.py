@@ -631,6 +631,37 @@ def test_audit_finds_the_first_bad_position(model: ElasticModel, seq: Sequence) 
     assert not seq.audit("small").ok
 
 
+def test_two_caches_are_compared_without_moving_them(model: ElasticModel) -> None:
+    cache = model.cache(max_batch=3, max_length=160)
+    with model.sequence(cache=cache) as seq:
+        seq.append(PROMPT * 15, "large")
+        (fork,) = seq.fork()
+        known = seq.digest()
+        assert known == fork.digest() and known.differences(fork.digest()) == []
+        assert known.tokens == 149 and [layer for layer, _ in known.attention] == [1, 3]
+        assert [len(blocks) for _, blocks in known.attention] == [3, 3]
+        seq.draft(4, "small")  # what is not committed does not count
+        seq.verify("large")
+        assert seq.digest() == known
+        row = fork.slot.index
+        for place, found in (
+            (cache.keys[1, row, 70, 0, :1], [(3, 64)]),
+            (cache.values[0, row, 148, 1, :1], [(1, 128)]),
+            (cache.window[0, row, 0, :1], [(0, None)]),
+            (cache.state[1, row, 0, 0, :1], [(4, None)]),
+            (cache.keys[1, row, 149, 0, :1], []),
+        ):
+            before = place.clone()
+            place += 1
+            assert known.differences(fork.digest()) == found
+            place.copy_(before)
+        seq.commit(4)
+        assert (1, 128) in known.differences(seq.digest())
+        other = model.sequence(cache=cache)
+        other.append(PROMPT * 3, "large")
+        assert (3, 128) in known.differences(other.digest())
+
+
 def test_bf16_stays_within_its_stated_tolerance() -> None:
     model = elastic(parent("MEM*EME*-").to(torch.bfloat16))  # type: ignore[arg-type]
     with model.sequence() as seq:
