@@ -6,11 +6,11 @@ typedef unsigned short bf16;
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ float widen(bf16 x) { return __uint_as_float((unsigned)x << 16); }
 
-// To the nearest bf16, ties to even; NaN stays NaN.
-__device__ __forceinline__ unsigned narrow(float x) {
-    const unsigned bits = __float_as_uint(x);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fffu;
-    return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+// Two fp32 to the nearest bf16 each, ties to even; NaN becomes 0x7fff.
+__device__ __forceinline__ unsigned narrow(float low, float high) {
+    unsigned both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
 }
 
 // 16 bytes of state to and from fp32: 4 numbers of fp32, 8 of bf16.
@@ -36,17 +36,44 @@ __device__ __forceinline__ uint4 pack(const float (&in)[4]) {
 }
 
 __device__ __forceinline__ uint4 pack(const float (&in)[8]) {
-    return make_uint4(narrow(in[0]) | narrow(in[1]) << 16, narrow(in[2]) | narrow(in[3]) << 16,
-                      narrow(in[4]) | narrow(in[5]) << 16, narrow(in[6]) | narrow(in[7]) << 16);
+    return make_uint4(narrow(in[0], in[1]), narrow(in[2], in[3]), narrow(in[4], in[5]),
+                      narrow(in[6], in[7]));
 }
 
-// 4 neighbouring numbers of a journal as fp32.
-__device__ __forceinline__ float4 four(const float* from) {
-    return *reinterpret_cast<const float4*>(from);
+// 4 neighbouring numbers of a journal as they are stored, and as fp32.
+template <typename T>
+struct Quads;
+template <>
+struct Quads<float> {
+    using type = float4;
+};
+template <>
+struct Quads<bf16> {
+    using type = uint2;
+};
+template <typename T>
+using Quad = typename Quads<T>::type;
+
+template <typename T>
+__device__ __forceinline__ Quad<T> quad(const T* from) {
+    return __ldg(reinterpret_cast<const Quad<T>*>(from));
 }
 
-__device__ __forceinline__ float4 four(const bf16* from) {
-    const uint2 raw = *reinterpret_cast<const uint2*>(from);
-    return make_float4(__uint_as_float(raw.x << 16), __uint_as_float(raw.x & 0xffff0000u),
-                       __uint_as_float(raw.y << 16), __uint_as_float(raw.y & 0xffff0000u));
+__device__ __forceinline__ void store(float* to, const float4& four) {
+    *reinterpret_cast<float4*>(to) = four;
+}
+
+__device__ __forceinline__ void store(float* to, const uint2& four) {
+    store(to, make_float4(__uint_as_float(four.x << 16), __uint_as_float(four.x & 0xffff0000u),
+                          __uint_as_float(four.y << 16), __uint_as_float(four.y & 0xffff0000u)));
+}
+
+// N fp32 of shared memory, N a multiple of 4.
+template <int N>
+__device__ __forceinline__ void load(const float* from, float (&out)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+        const float4 v = *reinterpret_cast<const float4*>(from + i);
+        out[i] = v.x, out[i + 1] = v.y, out[i + 2] = v.z, out[i + 3] = v.w;
+    }
 }
