@@ -54,10 +54,10 @@ class _Active:
     ended: bool = False
 
     @property
-    def kind(self) -> tuple[type, str, frozenset[int]]:
+    def kind(self) -> tuple[object, ...]:
         """Tasks of one kind can share a batch."""
-        verb = self.verb
-        return type(verb), getattr(verb, "slice", ""), getattr(verb, "until", frozenset())
+        verb, shared = self.verb, ("slice", "until", "last")
+        return type(verb), *(getattr(verb, name, None) for name in shared)
 
 
 @dataclass(eq=False)
@@ -206,7 +206,7 @@ class _Scheduler:
 
 def _largest_group(active: list[_Active]) -> list[_Active]:
     """The most tasks that wait for one kind of verb; among equals the longest-waiting kind."""
-    groups: dict[tuple[type, str, frozenset[int]], list[_Active]] = {}
+    groups: dict[tuple[object, ...], list[_Active]] = {}
     for entry in active:
         if not isinstance(entry.verb, Gather):
             groups.setdefault(entry.kind, []).append(entry)
@@ -243,5 +243,5 @@ def _run_verbs(group: list[_Active]) -> list[Any]:
         case Rollback():
             batch.rollback([v.length for v in verbs])
         case Refresh():
-            return batch.refresh(verbs[0].slice)
+            return batch.refresh(verbs[0].slice, verbs[0].last)
     return [None] * len(group)

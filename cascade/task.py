@@ -223,10 +223,13 @@ class Task:
             self._logprobs += [{} for _ in ids]
         self.close_step("forced", slice, slice)
 
-    def refresh(self, slice: str) -> Run:
-        """Make the cache what a slice alone would hold; tokens and time go into the metrics."""
+    def refresh(self, slice: str, last: int | None = None) -> Run:
+        """Make the cache what a slice alone would hold; tokens and time go into the metrics.
+
+        last: re-run at most so many of the last tokens; see `Sequence.refresh` for what that leaves
+        """
         began = time.perf_counter()
-        self._refreshed += yield Refresh(slice)
+        self._refreshed += yield Refresh(slice, last)
         self._refresh_seconds += time.perf_counter() - began
 
     def run_through(self, ids: Seq[int], slice: str) -> Generator[Verb, Any, list[float]]:

@@ -17,8 +17,9 @@ pytestmark = pytest.mark.gpu
 
 F32, BF16 = torch.float32, torch.bfloat16
 DTYPES = [(F32, F32), (F32, BF16), (BF16, F32), (BF16, BF16)]
-# H, P, N, G: one like Nemotron's heads, one like nano's, one that divides nothing evenly.
-SHAPES = [(8, 64, 128, 4), (4, 32, 32, 1), (6, 12, 40, 3)]
+# H, P, N, G: one like Nemotron's heads, one like nano's, one that divides nothing evenly, and one
+# of less than a warp.
+SHAPES = [(8, 64, 128, 4), (4, 32, 32, 1), (6, 12, 40, 3), (2, 8, 8, 1)]
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -37,7 +38,9 @@ def ragged(number: int, longest: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("state_dtype", "dtype"), DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("number", "entries"), [(1, 1), (3, 63), (17, 64), (3, 65), (17, 9)])
+@pytest.mark.parametrize(
+    ("number", "entries"), [(1, 1), (3, 63), (17, 64), (3, 65), (17, 9), (1, 16), (1, 17)]
+)
 def test_ssm_commit(
     cuda: ModuleType,
     state_dtype: torch.dtype,
