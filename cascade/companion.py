@@ -51,7 +51,7 @@ def cross(sequence: Sequence, drafter: Sequence, ids: list[int]) -> None:
     if drafter is not sequence and ids:
         sequence._drafted += ids
         sequence._proposals += drafter._proposals[-len(ids) :]
-        sequence._rows = list(drafter._rows)
+        sequence._rows, sequence._verified = list(drafter._rows), False
         sequence.slot.entries = 0  # their rows are gone
 
 

@@ -9,7 +9,7 @@ Source: NemotronH (transformers `modeling_nemotron_h.py`), Mamba-2 (arXiv 2405.2
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -81,14 +81,17 @@ def forward(
     cache: Cache,
     journal: Journal,
     feeds: Sequence[Feed],
+    observe: Callable[[Tensor], None] | None = None,
 ) -> list[Tensor]:
     """Run every row's tokens under one slice.
+
+    observe: called in every MoE layer with the experts chosen there, [tokens, k]
 
     Returns, for each row, the hidden states of its ids after the final norm, [len(ids), H].
     """
     tokens = sum(len(feed.ids) for feed in feeds)
     with threads_for(cache.device, tokens, weights.embeddings.shape[1]):
-        return _forward(weights, arch, kernels, cache, journal, feeds)
+        return _forward(weights, arch, kernels, cache, journal, feeds, observe)
 
 
 def _forward(
@@ -98,6 +101,7 @@ def _forward(
     cache: Cache,
     journal: Journal,
     feeds: Sequence[Feed],
+    observe: Callable[[Tensor], None] | None,
 ) -> list[Tensor]:
     layout = Layout(feeds, cache.device)
     hidden = F.embedding(layout.ids, weights.embeddings)
@@ -113,7 +117,7 @@ def _forward(
                 out = _attention(mixer, arch, kernels, cache, layout, attention, x)
                 attention += 1
             case MoEWeights():
-                out = _moe(mixer, arch, kernels, x)
+                out = _moe(mixer, arch, kernels, x, observe)
             case MLPWeights():
                 out = _mlp(mixer, x)
         hidden = hidden + out
@@ -195,7 +199,13 @@ def _attention(
     return F.linear(layout.pack(out), w.o_proj)
 
 
-def _moe(w: MoEWeights, arch: Architecture, kernels: ModuleType, x: Tensor) -> Tensor:
+def _moe(
+    w: MoEWeights,
+    arch: Architecture,
+    kernels: ModuleType,
+    x: Tensor,
+    observe: Callable[[Tensor], None] | None,
+) -> Tensor:
     chosen, share = kernels.route(
         x,
         w.router,
@@ -206,6 +216,8 @@ def _moe(w: MoEWeights, arch: Architecture, kernels: ModuleType, x: Tensor) -> T
         arch.normalise,
         arch.routed_scale,
     )
+    if observe is not None:
+        observe(chosen)
     inner = x if w.latent_in is None else F.linear(x, w.latent_in, w.latent_in_bias)
     routed: Tensor = kernels.experts(inner, w.up, w.down, chosen, share)
     if w.latent_out is not None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cascade.cache import Fold, Journal
 from cascade.errors import NumericalError
-from cascade.forward import Feed, forward
+from cascade.forward import Feed
 
 if TYPE_CHECKING:
     from cascade.sequence import Sequence
@@ -29,28 +29,53 @@ PREFILL_CHUNK = 512  # tokens a row that a long append runs at once
 
 @torch.no_grad()
 def run(sequences: Seq[Sequence], feeds: Seq[tuple[int, list[int]]], writer: int) -> list[Tensor]:
-    """One pass into the resident journal: (first entry, ids) a row. Commits nothing."""
-    first = sequences[0]
-    model, cache = first.model, first.cache
+    """One pass into the resident journal: (first entry, ids) a row. Commits nothing.
+
+    Returns the hidden states of each row's ids.
+    """
+    model, cache = sequences[0].model, sequences[0].cache
+    prepared = _feeds(sequences, feeds)
+    hidden = model.runner.hidden(writer, cache, cache.journal, prepared)
+    _note(sequences, prepared, writer)
+    return hidden
+
+
+@torch.no_grad()
+def decode(sequences: Seq[Sequence], feeds: Seq[tuple[int, list[int]]], writer: int) -> Tensor:
+    """`run` for one id a row, and the logits [R, V] after it."""
+    model, cache = sequences[0].model, sequences[0].cache
+    prepared = _feeds(sequences, feeds)
+    table = model.runner.decode(writer, cache, prepared)
+    _note(sequences, prepared, writer)
+    return table
+
+
+@torch.no_grad()
+def verify(sequences: Seq[Sequence], feeds: Seq[tuple[int, list[int]]], writer: int) -> Tensor:
+    """`run`, and the logits [n, V] after each of the ids, row after row."""
+    model, cache = sequences[0].model, sequences[0].cache
+    prepared = _feeds(sequences, feeds)
+    table = model.runner.verify(writer, cache, prepared)
+    _note(sequences, prepared, writer)
+    return table
+
+
+def _feeds(sequences: Seq[Sequence], feeds: Seq[tuple[int, list[int]]]) -> list[Feed]:
     for sequence, (entry, _) in zip(sequences, feeds, strict=True):
         # Entries behind the first one written are about to be overwritten.
         sequence.slot.entries = entry
-    hidden = forward(
-        model.weights(writer),
-        model.arch,
-        model.kernels,
-        cache,
-        cache.journal,
-        [
-            Feed(s.slot.index, s.slot.index, s.slot.folded + entry, entry, ids)
-            for s, (entry, ids) in zip(sequences, feeds, strict=True)
-        ],
-    )
-    for sequence, (entry, ids) in zip(sequences, feeds, strict=True):
-        sequence.slot.entries = entry + len(ids)
+    return [
+        Feed(s.slot.index, s.slot.index, s.slot.folded + entry, entry, ids)
+        for s, (entry, ids) in zip(sequences, feeds, strict=True)
+    ]
+
+
+def _note(sequences: Seq[Sequence], feeds: Seq[Feed], writer: int) -> None:
+    """Book the entries that a pass has written."""
+    for sequence, feed in zip(sequences, feeds, strict=True):
+        sequence.slot.entries = feed.entry + len(feed.ids)
         sequence.slot.entry_slice = writer
-        sequence.meter.count(writer, len(ids))
-    return hidden
+        sequence.meter.count(writer, len(feed.ids))
 
 
 @torch.no_grad()
@@ -77,7 +102,7 @@ def run_long(
             kept = keep and done[r] == len(ids[r])
             feeds.append(Feed(slot.index, source, slot.folded, 0, chunk))
             folds.append(Fold(slot, source, len(chunk) - kept, writer, kept))
-        hidden = forward(model.weights(writer), model.arch, model.kernels, cache, journal, feeds)
+        hidden = model.runner.hidden(writer, cache, journal, feeds)
         _check_finite(hidden, first, writer)
         _fold(sequences, folds, journal)
         for r, feed, states in zip(active, feeds, hidden, strict=True):
@@ -206,7 +231,7 @@ def restoring(sequences: Seq[Sequence], starts: Seq[int | None] | None = None) -
         (
             s,
             (s._tokens, s.length, s.slot.entry_slice, s.slot.tail),
-            (list(s._rows), list(s._drafted), list(s._proposals)),
+            (list(s._rows), list(s._drafted), list(s._proposals), s._verified),
             None if start is None else s.cache.save(s.slot, start, s.length),
         )
         for s, start in zip(sequences, starts or [None] * len(sequences), strict=True)
@@ -217,7 +242,7 @@ def restoring(sequences: Seq[Sequence], starts: Seq[int | None] | None = None) -
         for sequence, (tokens, length, entry_slice, tail), lists, _ in before:
             sequence._tokens = tokens
             del tokens[length:]
-            sequence._rows, sequence._drafted, sequence._proposals = lists
+            sequence._rows, sequence._drafted, sequence._proposals, sequence._verified = lists
             sequence.slot.entries = 0
             sequence.slot.entry_slice, sequence.slot.tail = entry_slice, tail
         for sequence, (_, length, _, _), _, saved in before:

@@ -86,6 +86,7 @@ class Sequence:
         # Logits [V] by the slice that ran last: row i predicts token number length + i.
         self._rows: list[Tensor] = []
         self._proposals: list[Tensor | None] = []  # None where `propose` gave the id
+        self._verified = False  # whether the slice that ran last was asked to verify all of them
         self._companion: Sequence | None = None
         self._slot: Slot | None = slot or cache.allocate()
 
@@ -299,7 +300,7 @@ class Sequence:
         slot.entries = committed if slot.entries >= committed else 0  # others have no row
         # A copy: a view would keep the logits of a whole pass alive.
         self._rows = [row.clone() for row in self._rows[:1] if slot.entries]
-        self._drafted, self._proposals = [], []
+        self._drafted, self._proposals, self._verified = [], [], False
 
     def close(self) -> None:
         """Give the slot back. Closing twice is allowed."""
