@@ -1,16 +1,17 @@
 // Stored numbers as fp32: fp32 itself, or bf16 as raw 16 bits (no toolkit header needed).
 #pragma once
+#include "ptx.cuh"
 
 typedef unsigned short bf16;
 
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ float widen(bf16 x) { return __uint_as_float((unsigned)x << 16); }
 
-// Two fp32 to the nearest bf16 each, ties to even; NaN becomes 0x7fff.
-__device__ __forceinline__ unsigned narrow(float low, float high) {
-    unsigned both;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
+// To the nearest bf16, ties to even; NaN stays NaN.
+__device__ __forceinline__ unsigned narrow(float x) {
+    const unsigned bits = __float_as_uint(x);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fffu;
+    return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
 }
 
 // 16 bytes of state to and from fp32: 4 numbers of fp32, 8 of bf16.
@@ -40,40 +41,31 @@ __device__ __forceinline__ uint4 pack(const float (&in)[8]) {
                       narrow(in[6], in[7]));
 }
 
-// 4 neighbouring numbers of a journal as they are stored, and as fp32.
+// 4 neighbouring numbers as they are stored, for loads that are not to be waited for yet.
 template <typename T>
 struct Quads;
 template <>
 struct Quads<float> {
-    using type = float4;
+    typedef float4 type;
 };
 template <>
 struct Quads<bf16> {
-    using type = uint2;
+    typedef uint2 type;
 };
-template <typename T>
-using Quad = typename Quads<T>::type;
 
 template <typename T>
-__device__ __forceinline__ Quad<T> quad(const T* from) {
-    return __ldg(reinterpret_cast<const Quad<T>*>(from));
+__device__ __forceinline__ typename Quads<T>::type quad(const T* from) {
+    return *reinterpret_cast<const typename Quads<T>::type*>(from);
 }
 
-__device__ __forceinline__ void store(float* to, const float4& four) {
-    *reinterpret_cast<float4*>(to) = four;
+// And as fp32.
+__device__ __forceinline__ float4 widen(const float4& quad) { return quad; }
+__device__ __forceinline__ float4 widen(const uint2& quad) {
+    return make_float4(__uint_as_float(quad.x << 16), __uint_as_float(quad.x & 0xffff0000u),
+                       __uint_as_float(quad.y << 16), __uint_as_float(quad.y & 0xffff0000u));
 }
 
-__device__ __forceinline__ void store(float* to, const uint2& four) {
-    store(to, make_float4(__uint_as_float(four.x << 16), __uint_as_float(four.x & 0xffff0000u),
-                          __uint_as_float(four.y << 16), __uint_as_float(four.y & 0xffff0000u)));
-}
-
-// N fp32 of shared memory, N a multiple of 4.
-template <int N>
-__device__ __forceinline__ void load(const float* from, float (&out)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; i += 4) {
-        const float4 v = *reinterpret_cast<const float4*>(from + i);
-        out[i] = v.x, out[i + 1] = v.y, out[i + 2] = v.z, out[i + 3] = v.w;
-    }
+template <typename T>
+__device__ __forceinline__ float4 four(const T* from) {
+    return widen(quad(from));
 }

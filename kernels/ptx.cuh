@@ -44,6 +44,13 @@ __device__ __forceinline__ uint4 load_transposed(const void* row) {
     return raw;
 }
 
+// Two fp32 to the nearest bf16 each, ties to even; NaN becomes 0x7fff.
+__device__ __forceinline__ unsigned narrow(float low, float high) {
+    unsigned both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+
 // Two products of bf16, each rounded once.
 __device__ __forceinline__ unsigned times(unsigned a, unsigned b) {
     unsigned product;

@@ -27,6 +27,20 @@ __device__ __forceinline__ unsigned divided(unsigned a, long long inverse) {
     return (unsigned)(a * (unsigned long long)inverse >> 32);
 }
 
+// fp32 of shared memory, N a multiple of 4.
+__device__ __forceinline__ void store(float* to, const float4& four) {
+    *reinterpret_cast<float4*>(to) = four;
+}
+
+template <int N>
+__device__ __forceinline__ void load(const float* from, float (&out)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+        const float4 v = four(from + i);
+        out[i] = v.x, out[i + 1] = v.y, out[i + 2] = v.z, out[i + 3] = v.w;
+    }
+}
+
 // By a whole warp, lane j with dt_j (0 past the end): the weight of entry j, and of h at [CHUNK].
 __device__ __forceinline__ void weigh(float* weights, int lane, float step, float rate) {
     float from_here = step;
@@ -86,19 +100,18 @@ __device__ __forceinline__ void replay(const Arguments& a) {
             // Behind an odd last entry one of zeros.
             const unsigned entry = (begin + j) * channels, across = j < n ? rows : 0;
             unsigned k = threadIdx.x * 4;
-            Quad<Entry> of_x{}, of_write[WIDTH / 4]{};
+            typename Quads<Entry>::type of_x{}, of_write[WIDTH / 4]{};
             if (k < across) of_x = quad(scanned_x + entry + k);
 #pragma unroll
             for (int i = 0; i < WIDTH / 4; i++)
                 if (j < n) of_write[i] = quad(scanned_write + entry + i * 4);
-            if (k < rows) store(x + j * block_rows + k, of_x);
+            if (k < rows) store(x + j * block_rows + k, widen(of_x));
 #pragma unroll
-            for (int i = 0; i < WIDTH / 4; i++) store(write + j * size + column + i * 4, of_write[i]);
-            while ((k += blockDim.x * 4) < rows) {  // of narrow states
-                of_x = Quad<Entry>{};
-                if (k < across) of_x = quad(scanned_x + entry + k);
-                store(x + j * block_rows + k, of_x);
-            }
+            for (int i = 0; i < WIDTH / 4; i++)
+                store(write + j * size + column + i * 4, widen(of_write[i]));
+            while ((k += blockDim.x * 4) < rows)  // of narrow states
+                store(x + j * block_rows + k,
+                      k < across ? four(scanned_x + entry + k) : make_float4(0.f, 0.f, 0.f, 0.f));
         }
         if (thread < 32) weigh(weights, thread, step, rate);
         __syncthreads();

@@ -59,6 +59,14 @@ inline float __expf(float x) { return expf(x); }
 inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline void __threadfence() {}
+template <class T>
+inline T __ldcs(const T* from) {
+    return *from;
+}
+template <class T>
+inline void __stcs(T* to, const T& value) {
+    *to = value;
+}
 
 template <class T>
 inline T atomicOr(T* place, T value) {
@@ -206,6 +214,10 @@ inline uint4 load_transposed(const void* row) {
 inline unsigned rounded(float x) {
     const unsigned bits = __float_as_uint(x);
     return (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+}
+
+inline unsigned narrow(float low, float high) {
+    return (low == low ? rounded(low) : 0x7fff) | (high == high ? rounded(high) : 0x7fff) << 16;
 }
 
 inline unsigned times(unsigned a, unsigned b) {
