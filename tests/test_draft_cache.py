@@ -344,6 +344,7 @@ def test_at_the_30b_shape_it_is_6_kb_a_token_and_one_state() -> None:
             arch, decay, 1, length, 16, device, dtype, torch.float32, reference, draft_cache
         ).nbytes
 
+    assert size(512, "shared") == arch.slot_bytes(512, 16, dtype)
     own = {length: size(length, "own") - size(length, "shared") for length in (512, 1024)}
     assert own[1024] - own[512] == 512 * (6144 + 1)  # and a byte of provenance
     state = arch.state_bytes() + arch.window_bytes(dtype) + arch.journal_bytes(17, dtype)

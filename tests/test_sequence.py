@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -524,6 +525,29 @@ def test_exact_repairs_a_prefix_of_another_slice_before_it_verifies(
     assert seq.provenance == ["large"] * 13 and seq.audit("large").ok
     same(seq.append([3], "medium"), replay_logits(model, [*seq.tokens[:13], 3], "medium"))
     assert seq.provenance == ["medium"] * 14
+
+
+def test_spans_committed_unverified_are_remembered_and_repaired_in_one_chunk(
+    model: ElasticModel, seq: Sequence
+) -> None:
+    seq.append(PROMPT, "large")
+    for drafter, count in (("small", 3), ("medium", 2), ("small", 4)):
+        seq.draft(count, drafter)
+        seq.commit(count)
+    written = ["large"] * 9 + ["small"] * 3 + ["medium"] * 2 + ["small"] * 5
+    assert seq.provenance == written and seq.exact_length("large") == 9
+    before = Counter(seq.meter.passes)
+    ids = seq.draft(2, "small")
+    same(seq.verify("large")[2], replay_logits(model, seq.tokens + ids, "large"))
+    large = model.slice_index("large")
+    passes = {n: k for (by, n), k in (seq.meter.passes - before).items() if by == large}
+    assert passes == {18 - 9: 1, 1 + 2: 1}  # all three spans, then the last token and the drafts
+    seq.commit(2)
+    assert seq.provenance == ["large"] * 21 and seq.audit("large").ok
+    seq.draft(2, "small")
+    before = Counter(seq.meter.passes)
+    seq.verify("large")
+    assert sum((seq.meter.passes - before).values()) == 1  # nothing is left to repair
 
 
 def test_shared_leaves_positions_as_their_writer_left_them(
