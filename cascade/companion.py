@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from cascade.passes import (
-    complete_entries,
+    check_finite,
     cut,
     extend,
     fold_resident,
@@ -20,6 +22,7 @@ from cascade.passes import (
     is_stale,
     run_committed,
     settle,
+    verify,
 )
 
 if TYPE_CHECKING:
@@ -91,17 +94,12 @@ def _catch_up(pairs: list[tuple[Sequence, Sequence]], writer: int) -> None:
             twins.append(companion)
             if len(twins) > 1:
                 continue
-        if foldable(companion, new) > companion.cache.journal.entries:
+        if foldable(companion, new) >= companion.cache.journal.entries:
             extend(companion, new, [])
             long.append(companion)
         elif new:
-            kept = companion.length - companion.slot.folded + _agreement(companion._drafted, new)
-            companion.slot.entries = min(companion.slot.entries, kept)
             short.append((companion, new))
-    complete_entries(short)
-    fold_resident(short)
-    for companion, new in short:
-        extend(companion, new, companion._rows[_agreement(companion._drafted, new) :])
+    _extend_resident(short, writer)
     if long:
         run_committed(long, [c._tokens[c.slot.folded : -1] for c in long], writer)
     for first, *others in empty.values():  # forks, for example: one runs their tokens for all
@@ -114,6 +112,33 @@ def _catch_up(pairs: list[tuple[Sequence, Sequence]], writer: int) -> None:
         ids = drafted[len(companion._drafted) :]
         companion._drafted += ids
         companion._proposals += [None] * len(ids)
+
+
+def _extend_resident(growing: list[tuple[Sequence, list[int]]], writer: int) -> None:
+    """Commit tokens of which the first may be drafted ones.
+
+    Where the journal lacks some, they are run up to the last token, which the next draft needs.
+    """
+    rows: dict[Sequence, list[Tensor]] = {}
+    lacking, feeds = [], []
+    for companion, new in growing:
+        slot, drafted = companion.slot, _agreement(companion._drafted, new)
+        slot.entries = min(slot.entries, companion.length - slot.folded + drafted)
+        rows[companion] = companion._rows[drafted:]
+        if slot.entries < foldable(companion, new):
+            pending = [*companion._tokens[slot.folded :], *new]
+            lacking.append(companion)
+            feeds.append((slot.entries, pending[slot.entries :]))
+    if lacking:
+        table = verify(lacking, feeds, writer)
+        check_finite([table], lacking[0], writer)
+        for companion, part in zip(
+            lacking, table.split([len(ids) for _, ids in feeds]), strict=True
+        ):
+            rows[companion] = [part[-1]]
+    fold_resident(growing)
+    for companion, new in growing:
+        extend(companion, new, rows[companion])
 
 
 def _agreement(a: list[int], b: list[int]) -> int:

@@ -103,7 +103,7 @@ def run_long(
             feeds.append(Feed(slot.index, source, slot.folded, 0, chunk))
             folds.append(Fold(slot, source, len(chunk) - kept, writer, kept))
         hidden = model.runner.hidden(writer, cache, journal, feeds)
-        _check_finite(hidden, first, writer)
+        check_finite(hidden, first, writer)
         _fold(sequences, folds, journal)
         for r, feed, states in zip(active, feeds, hidden, strict=True):
             last[r] = states
@@ -266,7 +266,7 @@ def complete_entries(growing: Seq[tuple[Sequence, list[int]]]) -> None:
             missing.setdefault(slot.entry_slice, []).append((sequence, feed))
     for writer, rows in missing.items():
         hidden = run([s for s, _ in rows], [feed for _, feed in rows], writer)
-        _check_finite(hidden, rows[0][0], writer)
+        check_finite(hidden, rows[0][0], writer)
 
 
 def foldable(sequence: Sequence, new: list[int]) -> int:
@@ -345,9 +345,9 @@ def _fold(sequences: Seq[Sequence], folds: list[Fold], journal: Journal) -> None
         raise
 
 
-def _check_finite(hidden: Seq[Tensor], sequence: Sequence, writer: int) -> None:
+def check_finite(hidden: Seq[Tensor], sequence: Sequence, writer: int) -> None:
     if not bool(torch.cat(list(hidden)).isfinite().all()):
         name = list(sequence.model.slices)[writer]
         raise NumericalError(
-            f"slice {name!r} gave hidden states that are not finite; nothing was committed"
+            f"slice {name!r} gave numbers that are not finite; nothing was committed"
         )

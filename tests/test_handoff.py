@@ -43,7 +43,7 @@ def test_untrained_slices_do_not(untrained: ElasticModel) -> None:
     names = list(untrained.slices)
     report = handoff_report(untrained, [[5, 6, 7, 8, 9]], slices=[names[0], names[-1]], tokens=64)
     assert not report.can_share
-    assert 'draft_cache="own"' in report.recommendation or "exact" in report.recommendation
+    assert 'consistency="exact" with draft_cache="own"' in report.recommendation
     assert all(pair.excess > 0.02 for pair in report.pairs)
 
 
