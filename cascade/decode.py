@@ -243,21 +243,19 @@ def _moe(
     b: Buffers,
     plan: Plan,
 ) -> None:
-    kernels.norm_linear(
+    kernels.moe_front(
         b.hidden,
-        [w.router, w.shared.up],
-        [b.router, b.dense],
-        ["store", "relu2"],
         norm,
-        eps=arch.eps,
-    )
-    kernels.choose_experts(
-        b.router,
+        arch.eps,
+        w.router,
         w.router_bias,
+        w.shared.up,
         table.counts,
         arch.top_k,
         arch.normalise,
         arch.routed_scale,
+        b.router,
+        b.dense,
         plan,
     )
     kernels.experts_up(b.hidden, norm, arch.eps, w.up, plan, b.routed)

@@ -30,6 +30,24 @@ def choose_experts(
     See reference_decode.choose_experts. At most 256 experts. Items beyond what `plan` holds are
     left out; `Plan.empty` holds all that can be.
     """
+    values = arguments(logits, bias, counts, top_k, normalise, scale, plan)
+    device = checks.one_gpu(logits, bias, counts, *plan[:8])
+    tokens = logits.shape[0]
+    if not (tokens and counts.numel()):
+        return
+    _KERNEL.launch(device, (-(-tokens // (THREADS // 32)), 1, 1), (THREADS, 1, 1), values)
+
+
+def arguments(
+    logits: Tensor,
+    bias: Tensor,
+    counts: Tensor,
+    top_k: int,
+    normalise: bool,
+    scale: float,
+    plan: Plan,
+) -> tuple[int, ...]:
+    """The members of `Choice` in choose.cuh, checked."""
     tokens, experts = checks.sizes("logits", logits, "n E")
     rows, pairs = counts.numel(), tokens * top_k
     checks.within("the number of experts E", experts, 1, LARGEST_EXPERTS)
@@ -44,27 +62,19 @@ def choose_experts(
         checks.array("plan.counts", plan.counts, INT32, (2,)),
         checks.array("plan.tokens", plan.tokens, INT32, (pairs,)),
         checks.array("plan.weights", plan.weights, _FP32, (pairs,)),
-        checks.array("plan.chosen", plan.chosen, INT32, (pairs,)),
+        checks.array("plan.places", plan.places, INT32, (pairs,)),
         checks.array("plan.shares", plan.shares, _FP32, (pairs,)),
         checks.array("plan.bits", plan.bits, INT32, (experts, -(-tokens // 32))),
         checks.array("plan.arrived", plan.arrived, INT32, (1,)),
     )
-    device = checks.one_gpu(logits, bias, counts, *plan[:8])
-    if not (tokens and rows):
-        return
-    _KERNEL.launch(
-        device,
-        (-(-tokens // (THREADS // 32)), 1, 1),
-        (THREADS, 1, 1),
-        (
-            *places,
-            tokens // rows,
-            tokens,
-            experts,
-            top_k,
-            plan.item_tokens,
-            held,
-            int(normalise),
-            checks.float_bits(scale),
-        ),
+    return (
+        *places,
+        tokens // max(rows, 1),
+        tokens,
+        experts,
+        top_k,
+        plan.item_tokens,
+        held,
+        int(normalise),
+        checks.float_bits(scale),
     )

@@ -17,12 +17,13 @@ from cascade.kernels.choose_experts import choose_experts
 from cascade.kernels.conv_commit import conv_commit
 from cascade.kernels.embed_tokens import embed_tokens
 from cascade.kernels.experts_down import experts_down
-from cascade.kernels.experts_up import experts_up
+from cascade.kernels.experts_product import experts_up
 from cascade.kernels.fork_copy import fork_copy
 from cascade.kernels.journal_keep import journal_keep
 from cascade.kernels.kv_compact import kv_compact
 from cascade.kernels.limits import short_pass_obstacle
 from cascade.kernels.mamba_step import mamba_step
+from cascade.kernels.moe_front import moe_front
 from cascade.kernels.norm_linear import norm_linear
 from cascade.kernels.pick_tokens import pick_tokens
 from cascade.kernels.provenance_stamp import provenance_stamp
@@ -59,6 +60,7 @@ __all__ = [
     "journal_keep",
     "kv_compact",
     "mamba_step",
+    "moe_front",
     "norm_linear",
     "pick_tokens",
     "provenance_stamp",

@@ -192,21 +192,51 @@ def choose_experts(
     if normalise:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     weights = weights * scale
-    of_expert: dict[int, list[tuple[int, float]]] = {}
+    plan.shares.copy_(weights.flatten())
+    plan.places.fill_(-1)
+    of_expert: dict[int, list[tuple[int, int, float]]] = {}
     for token, (row, shares) in enumerate(zip(chosen.tolist(), weights.tolist(), strict=True)):
         if token % length < counts[token // length]:
-            for expert, share in zip(row, shares, strict=True):
-                of_expert.setdefault(expert, []).append((token, share))
+            for choice, (expert, share) in enumerate(zip(row, shares, strict=True)):
+                of_expert.setdefault(expert, []).append((token, token * top_k + choice, share))
     item = pair = 0
     for expert in sorted(of_expert):
         members = of_expert[expert]
         for begin in range(0, len(members), plan.item_tokens):
             part = members[begin : begin + plan.item_tokens]
             plan.items[:, item] = torch.tensor([expert, pair, len(part)])
-            plan.tokens[pair : pair + len(part)] = torch.tensor([token for token, _ in part])
-            plan.weights[pair : pair + len(part)] = torch.tensor([share for _, share in part])
+            span = slice(pair, pair + len(part))
+            plan.tokens[span] = torch.tensor([token for token, _, _ in part])
+            plan.weights[span] = torch.tensor([share for _, _, share in part])
+            plan.places[[choice for _, choice, _ in part]] = torch.arange(
+                pair, pair + len(part), dtype=torch.int32, device=logits.device
+            )
             item, pair = item + 1, pair + len(part)
     plan.counts.copy_(torch.tensor([item, len(of_expert)]))
+
+
+def moe_front(
+    x: Tensor,
+    norm: Tensor,
+    eps: float,
+    router: Tensor,
+    bias: Tensor,
+    shared_up: Tensor,
+    counts: Tensor,
+    top_k: int,
+    normalise: bool,
+    scale: float,
+    logits: Tensor,
+    dense: Tensor,
+    plan: Plan,
+) -> None:
+    """What a layer of experts begins with, after an RMSNorm of x [n, K].
+
+    logits [n, E] fp32 <- router [E, K]; dense [n, Fs] <- relu(shared_up) ** 2, shared_up [Fs, K];
+    plan <- `choose_experts` of the logits
+    """
+    norm_linear(x, [router, shared_up], [logits, dense], ["store", "relu2"], norm, eps=eps)
+    choose_experts(logits, bias, counts, top_k, normalise, scale, plan)
 
 
 def experts_up(x: Tensor, norm: Tensor, eps: float, up: Tensor, plan: Plan, inner: Tensor) -> None:

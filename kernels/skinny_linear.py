@@ -7,22 +7,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cascade.kernels import checks
-from cascade.kernels.compiler import Kernel, multiprocessors
+from cascade.kernels import checks, tile_stream
+from cascade.kernels.compiler import Kernel
 from cascade.kernels.reference_decode import Kind
 
 PARTS = 3  # as in the .cu
 THREADS = 256
 WARPS, STEP = 8, 32
-RING = 8 * 8 * 2 * 32 * 16  # bytes of shared memory for weights on their way
 WIDTHS = (8, 16, 32)  # tokens at once
 LARGEST_GROUPS = 64  # whose factors fit into shared memory
 
 _BF16, _FP32 = (torch.bfloat16,), (torch.float32,)
 _CODES = {"store": 0, "relu2": 2, "add": 3}
 _KERNELS = {
-    (norm, width): Kernel("skinny_linear", f"{norm}_{width}", 3 + 6 * PARTS + 6, overlaps=True)
+    (norm, width): Kernel("skinny_linear", f"{norm}_{width}", 3 + 6 * PARTS + 7, overlaps=True)
     for norm in ("none", "whole", "warpwise", "given")
+    for width in WIDTHS
+}
+_FRONT = {
+    width: Kernel("moe_front", f"front_{width}", 3 + 6 * PARTS + 7 + 19, overlaps=True)
     for width in WIDTHS
 }
 
@@ -36,11 +39,14 @@ def skinny_linear(
     squares: Tensor | None = None,
     groups: int = 1,
     eps: float = 0.0,
+    *,
+    choice: Sequence[int] = (),
 ) -> None:
     """Up to three products of few tokens with weights that are read once, in one launch.
 
     See reference_decode.norm_linear. bf16, outs also fp32 (`store`); at most 32 tokens. K and all
     strides must be multiples of 8; with a norm of several groups their squares must be given.
+    choice: arguments of `choose.cuh` that `moe_front` adds; the first weight is then the router's.
     """
     tokens, depth = checks.sizes("x", x, "n K")
     x_address, x_stride = checks.strided("x", x, _BF16, (tokens, depth))
@@ -97,9 +103,12 @@ def skinny_linear(
         mode = "whole"
     else:
         mode = "warpwise" if groups == WARPS and not depth % (WARPS * STEP) else "given"
-    _KERNELS[mode, width].launch(
+    blocks = tile_stream.blocks(device, width if mode == "whole" and not choice else 0, sum(rows))
+    team = WARPS if mode == "warpwise" or choice else tile_stream.team(blocks, sum(rows))
+    kernel = _FRONT[width] if choice else _KERNELS[mode, width]
+    kernel.launch(
         device,
-        (multiprocessors(device), 1, 1),
+        (blocks, 1, 1),
         (THREADS, 1, 1),
         (
             x_address,
@@ -117,6 +126,8 @@ def skinny_linear(
             groups,
             summands,
             checks.float_bits(eps),
+            team,
+            *choice,
         ),
-        RING + (4 * width * groups if mode == "given" else 0),
+        tile_stream.RING + (4 * width * groups if mode == "given" else 0),
     )

@@ -24,6 +24,7 @@ from cascade.errors import (
     SequenceError,
     SliceError,
 )
+from cascade.graphs import GraphRunner
 from cascade.model import ElasticModel
 from cascade.sequence import Sequence
 from tests.faults import FaultyKernels, Injected, cache_bits, interrupting
@@ -213,6 +214,21 @@ def test_a_failed_verb_can_be_called_again(
                 VERBS[verb](seq)
             torch.testing.assert_close(VERBS[verb](seq), VERBS[verb](other), atol=1e-4, rtol=1e-4)
             same(held(seq), held(other))
+
+
+def test_drafting_ahead_behind_a_failed_verb_runs_the_last_token_first(
+    model: ElasticModel, cache: Cache, kernels: FaultyKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its logits are known, but what it had left in the journal is gone."""
+    monkeypatch.setattr(model, "runner", GraphRunner(model.runner.views, model.arch, kernels))  # type: ignore[arg-type]
+    with model.sequence(cache=cache) as seq, model.sequence(cache=cache) as twin:
+        for sequence in (seq, twin):
+            sequence.append(PROMPT, "medium")
+        kernels.arm(0)
+        with pytest.raises(Injected):
+            seq.append([1, 2], "small")
+        assert seq.draft(4, "medium") == twin.draft(4, "medium")
+        same([seq.verify("large")], [twin.verify("large")])
 
 
 @pytest.mark.parametrize("mode", ["exact", "refresh", "own"])

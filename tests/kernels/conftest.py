@@ -50,10 +50,12 @@ def short() -> Any:
     """The launchers of a short pass's kernels."""
     from cascade.kernels.choose_experts import choose_experts
     from cascade.kernels.embed_tokens import embed_tokens
-    from cascade.kernels.experts_down import experts_down
-    from cascade.kernels.experts_up import experts_up
+    from cascade.kernels.combine_pairs import combine_pairs
+    from cascade.kernels.experts_product import experts_pairs, experts_up
+    from cascade.kernels.experts_sum import experts_sum
     from cascade.kernels.group_norm import group_norm
     from cascade.kernels.mamba_step import mamba_step
+    from cascade.kernels.moe_front import moe_front
     from cascade.kernels.pick_tokens import pick_tokens
     from cascade.kernels.skinny_linear import skinny_linear
     from cascade.kernels.slot_attention import slot_attention
@@ -61,10 +63,13 @@ def short() -> Any:
     return SimpleNamespace(
         choose_experts=choose_experts,
         embed_tokens=embed_tokens,
-        experts_down=experts_down,
+        combine_pairs=combine_pairs,
+        experts_pairs=experts_pairs,
+        experts_sum=experts_sum,
         experts_up=experts_up,
         group_norm=group_norm,
         mamba_step=mamba_step,
+        moe_front=moe_front,
         pick_tokens=pick_tokens,
         skinny_linear=skinny_linear,
         slot_attention=slot_attention,

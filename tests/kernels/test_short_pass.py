@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cascade.kernels import checks
+from cascade.kernels import checks, mamba_decode, tile_stream
 from cascade.kernels import reference_decode as reference
 from cascade.kernels.plan import Plan
 
@@ -54,6 +54,25 @@ def assert_near(got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
 
 
 # ---- products ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("team", [1, 2, 4, 8])
+@pytest.mark.parametrize(("rows", "kind"), [(3, "store"), (61, "relu2"), (150, "add")])
+def test_a_tile_may_have_any_team(
+    short: Any, device: str, team: int, rows: int, kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tile_stream, "team", lambda blocks, rows: team)
+    x, norm, weight = (
+        normal(5, 328, device=device),
+        normal(328, device=device),
+        prefix(rows, 328, device),
+    )
+    for given in (None, norm):
+        out = normal(5, -(-rows // 8) * 8, device=device)[:, :rows]
+        expected = wide(out.clone())
+        reference.norm_linear(wide(x), [wide(weight)], [expected], [kind], wide(given), eps=1e-5)
+        short.skinny_linear(x, [weight], [out], [kind], given, eps=1e-5)
+        assert_near([out], [expected])
 
 
 @pytest.mark.parametrize("norm", ["none", "whole", "groups"])
@@ -138,7 +157,10 @@ def test_pick_tokens(short: Any, device: str) -> None:
 # ---- the layers between the products -----------------------------------------------------------
 
 
-@pytest.mark.parametrize(("rows", "length", "old"), [(1, 1, 0), (3, 1, 5), (2, 9, 3), (3, 20, 4)])
+@pytest.mark.parametrize(
+    ("rows", "length", "old", "blocks"),
+    [(1, 1, 0, 128), (3, 1, 5, 128), (3, 1, 5, 1), (2, 9, 3, 128), (3, 20, 4, 128)],
+)
 @pytest.mark.parametrize(
     ("heads", "dim", "size", "groups", "state_dtype"),
     [(4, 32, 32, 1, F32), (8, 8, 16, 2, F32), (4, 64, 128, 2, BF16), (4, 24, 64, 4, F32)],
@@ -154,7 +176,10 @@ def test_mamba_step(
     rows: int,
     length: int,
     old: int,
+    blocks: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(mamba_decode, "BLOCKS", blocks)
     held, slots_held = 26, rows + 2
     inner, channels = heads * dim, heads * dim + 2 * groups * size
     width, columns = inner + groups * size, inner + channels + heads
@@ -254,6 +279,38 @@ def test_slot_attention(
         assert torch.equal(mine.float().nan_to_num(0), its)
 
 
+@pytest.mark.parametrize(("rows", "length", "experts"), [(1, 1, 8), (2, 5, 128), (19, 1, 20)])
+def test_moe_front(short: Any, device: str, rows: int, length: int, experts: int) -> None:
+    tokens, depth, shared, top_k = rows * length, 264, 72, 3
+    x, norm = normal(tokens, depth, device=device), normal(depth, device=device)
+    router, up = prefix(experts, depth, device), prefix(shared, depth, device)
+    bias = torch.randn(experts, device=device)
+    counts = torch.full((rows,), length, device=device)
+    counts[-1] = min(1, length)
+    plans, found = [], []
+    for run, cast in ((reference.moe_front, wide), (short.moe_front, lambda value: value)):
+        plan = Plan.empty(tokens, experts, top_k, torch.device(device))
+        logits = unwritten(tokens, experts, device=device, dtype=F32)
+        dense = cast(unwritten(tokens, shared, device=device))
+        for _ in range(2):
+            run(cast(x), cast(norm), 1e-5, cast(router), bias, cast(up), counts, top_k, True, 2.5,
+                logits, dense, plan)  # fmt: skip
+        plans.append(plan)
+        found.append([logits, dense])
+    assert_near(found[1], found[0])
+    # The same logits must give the same lists; other roundings may choose otherwise.
+    again = Plan.empty(tokens, experts, top_k, torch.device(device))
+    reference.choose_experts(found[1][0], bias, counts, top_k, True, 2.5, again)
+    items, pairs = int(again.counts[0]), int(counts.sum()) * top_k
+    assert torch.equal(plans[1].counts, again.counts)
+    assert torch.equal(plans[1].items[:, :items], again.items[:, :items])
+    assert torch.equal(plans[1].tokens[:pairs], again.tokens[:pairs])
+    assert torch.equal(plans[1].places < 0, again.places < 0)
+    torch.testing.assert_close(
+        plans[1].shares[again.places >= 0].sum(), plans[1].weights[:pairs].sum()
+    )
+
+
 @pytest.mark.parametrize(
     ("rows", "length", "experts", "top_k", "depth", "width", "shared"),
     [
@@ -305,8 +362,14 @@ def test_experts(
         dense = normal(tokens, shared, device=device), prefix(depth, shared, device)
     result = wide(x.clone())
     reference.experts_down(result, wide(inner), wide(down), expected, *wide(dense))
-    short.experts_down(x, inner, down, plan, *dense)
+    before, apart = x.clone(), unwritten(tokens * top_k, depth, device=device, dtype=F32)
+    short.experts_sum(x, inner, down, plan, *dense)
     assert_near([x], [result])
+    short.experts_pairs(inner, down, plan, apart)
+    short.combine_pairs(before, apart, plan)
+    if shared:
+        before += (wide(dense[0]) @ wide(dense[1]).T).to(BF16)
+    assert_near([before], [wide(x)])
 
 
 def test_choose_experts_survives_logits_that_are_no_numbers(short: Any, device: str) -> None:

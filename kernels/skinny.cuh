@@ -1,0 +1,169 @@
+// x W^T for few tokens and up to three matrices W at once, after a norm of x if there is one.
+#pragma once
+#include "tile_stream.cuh"
+
+constexpr int PARTS = 3;
+enum Kind { STORE, STORE_F32, RELU2, ADD };
+// Of x: none; over all columns; over groups of columns, one for each warp; over any groups, whose sums
+// of squares are given.
+enum Norm { NONE, WHOLE, WARPWISE, GIVEN };
+
+struct Products {
+    const bf16* x;      // [tokens, depth], rows x_stride apart
+    const bf16* norm;   // [depth]
+    const float* sums;  // [tokens, groups, summands] of squares
+    const bf16* weight[PARTS];
+    void* out[PARTS];
+    long long weight_stride[PARTS], rows[PARTS], out_stride[PARTS], kind[PARTS];
+    long long x_stride, tokens, depth, groups, summands, eps, team;
+};
+
+// Tokens times the norm's weight and the factor of their group of columns.
+template <int N>
+struct Grouped {
+    static constexpr bool AHEAD = false;
+
+    const bf16* norm;
+    const float* factors;  // [N * 8, groups]
+    int groups, width;     // columns of a group
+
+    __device__ __forceinline__ uint4 norm_at(int k, bool inside) const {
+        return load_norm(norm, k, inside);
+    }
+
+    __device__ __forceinline__ uint4 operator()(int n, const uint4& v, const uint4& weight,
+                                                int k) const {
+        // Behind the last column v is zero and any factor will do.
+        const int group = min(k / width, groups - 1);
+        const float factor = factors[(n * 8 + threadIdx.x % 32 / 4) * groups + group];
+        float x[8], w[8];
+        unpack(v, x);
+        unpack(weight, w);
+#pragma unroll
+        for (int i = 0; i < 8; i++) x[i] = x[i] * factor * w[i];
+        return pack(x);
+    }
+};
+
+// Which matrix a row of all of them belongs to; `row` becomes its row in there.
+__device__ __forceinline__ int part_of(const Products& a, long long& row) {
+    int part = 0;
+    while (part < PARTS - 1 && row >= a.rows[part]) row -= a.rows[part++];
+    return part;
+}
+
+__device__ __forceinline__ const bf16* line_of(const Products& a, const Tile& tile, int row) {
+    if (row >= tile.height) return nullptr;
+    long long place = tile.row + row;
+    const int part = part_of(a, place);
+    return a.weight[part] + place * a.weight_stride[part];
+}
+
+__device__ __forceinline__ void write(const Products& a, long long token, long long row, float value) {
+    const int part = part_of(a, row);
+    const long long place = token * a.out_stride[part] + row;
+    bf16* const out = static_cast<bf16*>(a.out[part]);
+    switch (a.kind[part]) {
+        case STORE: out[place] = (bf16)narrow(value); break;
+        case STORE_F32: static_cast<float*>(a.out[part])[place] = value; break;
+        case RELU2: out[place] = (bf16)narrow(relu_squared(widen((bf16)narrow(value)))); break;
+        case ADD: out[place] = (bf16)narrow(widen(out[place]) + value); break;
+    }
+}
+
+// Nothing happens after a tile.
+struct Quiet {
+    __device__ __forceinline__ void operator()(const Tile&, const Team&) const {}
+};
+
+// after(tile, team): called by the whole team when a tile's products are written
+// shared: the ring, then factors [N * 8, groups] where sums are given
+template <int N, Norm NORM, typename After>
+__device__ __forceinline__ void multiply_all(const Products& a, After after) {
+    __shared__ Gathered<N> gathered[2];
+    extern __shared__ uint4 shared[];
+    float* const factors = reinterpret_cast<float*>(shared + Ring::PIECES);
+    const int depth = (int)a.depth, lane = threadIdx.x % 32, g = lane / 4;
+    const float eps = __int_as_float((int)a.eps);
+    int total = 0;
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) total += (int)a.rows[part];
+    const Team team((int)a.team);
+    // With a group for each warp the columns of a warp are those of its group.
+    const int steps = NORM == WARPWISE ? depth / (WARPS * STEP) : team.steps(depth);
+    const auto column = [&](int step) {
+        return NORM == WARPWISE ? (team.warp * steps + step) * STEP + (int)threadIdx.x % 4 * 8
+                                : team.column(step);
+    };
+
+    Ring ring(shared);
+    Walk ahead(team, total, total);
+    Tile coming = {0, 0};
+    Lines lines = {nullptr, nullptr};
+    int step = steps;
+    const auto more = [&] {
+        if (step >= steps) {
+            coming = ahead.next();
+            lines = {line_of(a, coming, g), line_of(a, coming, g + 8)};
+            step = 0;
+        }
+        ring.issue(lines, column(step), coming.height && step < steps, depth);
+        step++;
+    };
+#pragma unroll 1
+    for (int i = 0; i < STAGES; i++) more();
+    wait_for_inputs();
+    let_next_start();
+
+    if constexpr (NORM == GIVEN) {
+        const int groups = (int)a.groups, summands = (int)a.summands;
+        for (int i = threadIdx.x; i < N * 8 * groups; i += THREADS) {
+            const long long token = min((long long)(i / groups), a.tokens - 1);
+            const float* const own = a.sums + (token * groups + i % groups) * summands;
+            float squares = 0.f;
+            for (int j = 0; j < summands; j++) squares += own[j];
+            factors[i] = rsqrtf(squares * groups / depth + eps);
+        }
+        __syncthreads();
+    }
+    const bf16* x[N];
+#pragma unroll
+    for (int n = 0; n < N; n++)
+        x[n] = n * 8 + g < a.tokens ? a.x + (n * 8 + g) * a.x_stride : nullptr;
+
+    Walk walk(team, total, total);
+    int turn = 0;
+    for (Tile tile = walk.next(); tile.height; tile = walk.next(), turn ^= 1) {
+        float sum[N][4] = {};
+        if constexpr (NORM == NONE) {
+            Plain plain;
+            multiply(sum, ring, x, 0, steps, depth, plain, column, more);
+        } else if constexpr (NORM == GIVEN) {
+            Grouped<N> grouped{a.norm, factors, (int)a.groups, depth / (int)a.groups};
+            multiply(sum, ring, x, 0, steps, depth, grouped, column, more);
+        } else {
+            Normed<N> normed(a.norm);
+            multiply(sum, ring, x, 0, steps, depth, normed, column, more);
+            if constexpr (NORM == WHOLE) gathered[turn].put_squares(normed.squares);
+            if constexpr (NORM == WARPWISE) {
+#pragma unroll
+                for (int n = 0; n < N; n++) {
+                    const float squares = over_four(normed.squares[n]);
+                    const float factor = rsqrtf(squares / (steps * STEP) + eps);
+                    const float first = __shfl_sync(~0u, factor, lane % 4 * 8);
+                    const float second = __shfl_sync(~0u, factor, lane % 4 * 8 + 4);
+                    sum[n][0] *= first, sum[n][1] *= second, sum[n][2] *= first, sum[n][3] *= second;
+                }
+            }
+        }
+        gathered[turn].put(sum);
+        team.meet();
+        for (int i = team.thread(); i < N * 8 * TILE; i += team.threads()) {
+            const int row = i % TILE, token = i / TILE;
+            if (token >= a.tokens || row >= tile.height) continue;
+            const float factor = NORM == WHOLE ? gathered[turn].factor(team, token, depth, eps) : 1.f;
+            write(a, token, tile.row + row, gathered[turn].at(team, row, token) * factor);
+        }
+        after(tile, team);
+    }
+}
