@@ -158,7 +158,7 @@ class Batch:
                 sequence._proposals += [None] * len(new)
                 sequence._verified = sequence._verified and not new
 
-    def verify(self, slice: str) -> list[Tensor]:
+    def verify(self, slice: str, *, repair: bool = True) -> list[Tensor]:
         """Logits [k_r + 1, V] a row over its drafted ids, of which some rows may have none."""
         writer = self.model.slice_index(slice)
         if not any(s._drafted for s in self.sequences):
@@ -171,7 +171,7 @@ class Batch:
                     f"slice {slice!r} has verified these drafted ids already: commit, or draft more"
                 )
         settle(self.sequences)
-        with self._ground(writer, every=False):
+        with self._ground(writer, every=False) if repair else restoring(self.sequences):
             # Rows that this slice computed while it drafted, and left in the journal, stand.
             known = [s._rows[: s.slot.usable(writer)] for s in self.sequences]
             missing, feeds = [], []

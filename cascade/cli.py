@@ -36,10 +36,19 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON object instea
 def run(
     prompt: Annotated[str, typer.Argument(help="the question; - reads it from standard input")],
     model: Model = "nano",
-    strategy: Annotated[str, typer.Option(help="stepwise, budget, explore or single")] = "stepwise",
+    strategy: Annotated[
+        str, typer.Option(help="stepwise, speculative, budget, explore or single")
+    ] = "stepwise",
     draft: Annotated[Optional[str], typer.Option(help="slice that drafts")] = None,  # noqa: UP045
     verify: Annotated[Optional[str], typer.Option(help="slice that verifies")] = None,  # noqa: UP045
-    threshold: Annotated[float, typer.Option(help="least token probability of a kept step")] = 0.5,
+    policy: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="when to keep a step: a policy's name, or its .json or .yaml file"),
+    ] = None,
+    threshold: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="in place of --policy: least token probability of a kept step"),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
     top_p: Annotated[float, typer.Option()] = 1.0,
     seed: Annotated[Optional[int], typer.Option()] = None,  # noqa: UP045
@@ -50,24 +59,18 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Answer one prompt, showing each step as it is committed."""
-    from pydantic import ValidationError
-
-    from cascade.errors import RequestError
-    from cascade.policies import Threshold
     from cascade.render import StepPrinter, summary
+    from cascade.strategies import resolve
 
-    try:
-        policy = Threshold(probability=threshold)
-    except ValidationError:
-        raise RequestError(f"threshold={threshold} is not between 0 and 1") from None
-    roles = {"draft": draft, "verify": verify, "strategy": strategy}
-    reasoner = _load(model, **roles, device=device, max_batch=1, draft_cache=draft_cache)
+    chosen, way = _policy(policy, threshold), resolve(strategy)
+    roles = {"draft": draft, "verify": verify, "strategy": way}
+    reasoner = _load(model, **roles, device=device, max_batch=way.slots, draft_cache=draft_cache)
     console = _console()
     printer = StepPrinter(console, list(reasoner.model.slices))
     text = sys.stdin.read() if prompt == "-" else prompt
     events = reasoner.stream(
         text,
-        policy=policy,
+        policy=chosen,
         temperature=temperature,
         top_p=top_p,
         seed=seed,
@@ -254,6 +257,20 @@ def _audit_handoffs(reasoner: Reasoner, prompts: list[str], as_json: bool) -> No
     console = _console()
     console.print(handoff_table(report))
     console.print(report.recommendation, soft_wrap=True)
+
+
+def _policy(policy: str | None, threshold: float | None) -> Any:
+    """The policy that the options of `run` name."""
+    from cascade.admission import read_policy
+    from cascade.errors import RequestError
+
+    if threshold is None:
+        return None if policy is None else read_policy(policy)
+    if policy is not None:
+        raise RequestError("--threshold is short for --policy threshold; give one of them")
+    if not 0 < threshold < 1:
+        raise RequestError(f"threshold={threshold} is not between 0 and 1")
+    return {"kind": "threshold", "probability": threshold}
 
 
 def _load(model: str, **options: Any) -> Reasoner:

@@ -10,6 +10,7 @@ CascadeError
 │   ├── SequenceClosed       use after close
 │   ├── CapacityExceeded     longer than max_length, or more than the journal holds
 │   └── CacheFull            every slot of the cache is in use
+├── CalibrationError         no setting of a policy holds the target, or the runs are too few
 ├── NumericalError           NaN or infinity where a number was needed
 ├── PolicyError              a policy raised, or decided something that does not exist
 └── KernelError              a kernel refused its arguments, or could not be compiled
@@ -70,6 +71,10 @@ class NumericalError(CascadeError, ArithmeticError):
 
 class PolicyError(CascadeError, RuntimeError):
     """A policy raised, or returned a decision that does not exist."""
+
+
+class CalibrationError(CascadeError, ValueError):
+    """No setting of a policy holds the target on these runs, or they are too few to tell."""
 
 
 class KernelError(CascadeError, ValueError):

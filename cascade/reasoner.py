@@ -5,40 +5,52 @@ from __future__ import annotations
 import asyncio
 import secrets
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import torch
-from pydantic import ValidationError
 
-from cascade import scheduler
+from cascade import scheduler, telemetry
+from cascade.admission import check_request, params_for, resolve_policy
 from cascade.audit import AuditReport
 from cascade.cache import DraftCache
-from cascade.errors import CascadeError, PromptTooLong, RequestError
+from cascade.errors import RequestError
 from cascade.events import Done, Event
 from cascade.model import ElasticModel
-from cascade.policies import Policy, Threshold
+from cascade.policies import Calibrated, Policy, Target
 from cascade.results import Result
 from cascade.sampling import Sampler, SamplingParams, derive_seed
-from cascade.scheduler import Job
+from cascade.scheduler import Job, Outcome
 from cascade.sequence import Consistency, check_consistency
 from cascade.strategies import Strategy, resolve
-from cascade.strategies.base import Roles
+from cascade.strategies.base import Roles, Setting, check_sizes
 from cascade.task import Task
 from cascade.text import Codec, is_messages
 from cascade.verbs import Run
 
+if TYPE_CHECKING:
+    from cascade.calibration import Scored
+
 DEFAULT_BATCH = 8
+PATIENCE = 0.05  # seconds between two looks at whether a waiting call was cancelled
+
+# A policy itself, its name, or its stored settings.
+PolicyLike: TypeAlias = Policy | str | Mapping[str, Any]
+
+
+def _never() -> bool:
+    return False
 
 
 class Reasoner:
     """Thinks with a small slice and verifies with a large one.
 
     Build it with `from_pretrained`; then `generate`, `stream`, `agenerate`, `astream`. One call
-    runs at a time; a list of prompts runs concurrently up to `max_batch`.
+    runs at a time, others wait; a list of prompts runs concurrently up to `max_batch`.
     """
 
     def __init__(
@@ -48,31 +60,38 @@ class Reasoner:
         draft: str | None = None,
         verify: str | None = None,
         strategy: str | Strategy = "stepwise",
-        policy: Policy | None = None,
+        policy: PolicyLike | None = None,
         max_batch: int = DEFAULT_BATCH,
         max_length: int | None = None,
         consistency: Consistency = "exact",
         draft_cache: DraftCache = "shared",
+        think_tags: tuple[str, str] | None = None,
+        chat_template: str | None = None,
+        chat_options: Mapping[str, Any] | None = None,
     ) -> None:
         check_consistency(consistency)
         self.model = model
-        self.roles = Roles(draft or model.smallest, verify or model.largest, policy or Threshold())
+        self.roles = Roles(draft or model.smallest, verify or model.largest, resolve_policy(policy))
         self.strategy = resolve(strategy)
         self.consistency: Consistency = consistency
         self.draft_cache: DraftCache = draft_cache
         self.max_batch = max_batch
-        small, large = (model.slice_spec(n) for n in (self.roles.draft, self.roles.verify))
-        if small.parameters > large.parameters:
-            raise RequestError(
-                f"draft={small.name!r} is larger than verify={large.name!r}; swap them"
-            )
+        check_sizes(model, self.roles.draft, self.roles.verify)
         if max_batch < 1:
             raise RequestError(f"max_batch={max_batch} must be at least 1")
-        self.codec = Codec.from_directory(model.directory, model.config)
+        self.codec = Codec.from_directory(
+            model.directory,
+            model.config,
+            think_tags=think_tags,
+            chat_template=chat_template,
+            chat_options=chat_options,
+        )
         self.cache = model.cache(
             max_batch=max_batch, max_length=max_length, draft_cache=draft_cache
         )
+        self._memory: dict[Any, Any] = {}
         self._lock = threading.Lock()
+        self._runner: int | None = None  # the thread whose call runs
 
     @classmethod
     def from_pretrained(
@@ -82,25 +101,31 @@ class Reasoner:
         draft: str | None = None,
         verify: str | None = None,
         strategy: str | Strategy = "stepwise",
-        policy: Policy | None = None,
+        policy: PolicyLike | None = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         max_batch: int = DEFAULT_BATCH,
         max_length: int | None = None,
         consistency: Consistency = "exact",
         draft_cache: DraftCache = "shared",
+        think_tags: tuple[str, str] | None = None,
+        chat_template: str | None = None,
+        chat_options: Mapping[str, Any] | None = None,
         **load: Any,
     ) -> Reasoner:
         """Load `"nano"` (ships with cascade), a directory, or a Hub id.
 
         draft, verify: slice names; the smallest and the largest unless given
-        strategy:      `"stepwise"`, `"budget"`, `"explore"`, `"single"`, or a `Strategy`
-        policy:        when to keep a drafted step; `Threshold()` unless given
+        strategy:      `"stepwise"`, `"speculative"`, `"budget"`, `"explore"`, `"single"`, or a
+                       `Strategy`
+        policy:        when to keep a drafted step: a `Policy`, its name or its stored settings;
+                       `Threshold()` unless given
         max_batch, max_length: sequences at once, and tokens (prompt included) of each
         consistency:   what the cache promises while slices take turns: `"exact"`, `"shared"` or
                        `"refresh"` (see `Sequence`)
         draft_cache:   `"own"` for checkpoints whose slices cannot read each other's cache
                        (`handoff_report` measures it): twice the cache, see `Sequence`
+        think_tags, chat_template, chat_options: in place of the tokenizer's own; see `Codec`
         load:          further arguments of `ElasticModel.from_pretrained`
         """
         if not isinstance(model, ElasticModel):
@@ -115,6 +140,9 @@ class Reasoner:
             max_length=max_length,
             consistency=consistency,
             draft_cache=draft_cache,
+            think_tags=think_tags,
+            chat_template=chat_template,
+            chat_options=chat_options,
         )
 
     @overload
@@ -124,7 +152,8 @@ class Reasoner:
         params: SamplingParams | None = None,
         *,
         strategy: str | Strategy | None = None,
-        policy: Policy | None = None,
+        policy: PolicyLike | None = None,
+        on_event: Callable[[int, Event], None] | None = None,
         **overrides: Any,
     ) -> Result: ...
     @overload
@@ -134,7 +163,8 @@ class Reasoner:
         params: SamplingParams | Seq[SamplingParams] | None = None,
         *,
         strategy: str | Strategy | None = None,
-        policy: Policy | None = None,
+        policy: PolicyLike | None = None,
+        on_event: Callable[[int, Event], None] | None = None,
         **overrides: Any,
     ) -> Any: ...
     def generate(
@@ -143,7 +173,8 @@ class Reasoner:
         params: SamplingParams | Seq[SamplingParams] | None = None,
         *,
         strategy: str | Strategy | None = None,
-        policy: Policy | None = None,
+        policy: PolicyLike | None = None,
+        on_event: Callable[[int, Event], None] | None = None,
         **overrides: Any,
     ) -> Any:
         """Generate for one prompt, or for a list of prompts in the same order.
@@ -151,25 +182,16 @@ class Reasoner:
         prompt:    a string, a list of chat messages, `{"prompt_token_ids": [...]}`, or a list of
                    these
         params:    `SamplingParams`, or one for each prompt of a list
+        on_event:  called as things happen, with the number of the sample (prompts in their order,
+                   `n` samples of each) and the event; what it raises ends the call
         overrides: fields of `SamplingParams` by name, `temperature=0.7` for example; and
                    `consistency`, in place of the Reasoner's own
 
         One prompt returns a `Result` and raises what went wrong. A list returns a list; a request
         that fails while it runs has `finish_reason="error"` and its `error`, the others go on.
         """
-        many = isinstance(prompt, (list, tuple)) and not is_messages(prompt)
-        results: dict[int, Result] = {}
-        with self._lock:
-            jobs, samples = self._jobs(
-                list(prompt) if many else [prompt], params, strategy, policy, overrides
-            )
-            for outcome in scheduler.run(jobs, self.max_batch):
-                if isinstance(outcome.event, Done):
-                    if outcome.error is not None and not many:
-                        raise outcome.error
-                    results[outcome.number] = outcome.event.result
-        grouped = _group([results[job.number] for job in jobs], samples)
-        return grouped if many else grouped[0]
+        asked = _Asked(prompt, params, strategy, policy, overrides)
+        return self._generate(asked, on_event, _never)
 
     def stream(
         self,
@@ -177,18 +199,11 @@ class Reasoner:
         params: SamplingParams | None = None,
         *,
         strategy: str | Strategy | None = None,
-        policy: Policy | None = None,
+        policy: PolicyLike | None = None,
         **overrides: Any,
     ) -> Iterator[Event]:
         """Events of one prompt as they happen; the last is `Done`. Closing it stops the work."""
-        with self._lock:
-            jobs, samples = self._jobs([prompt], params, strategy, policy, overrides)
-            if samples != 1:
-                raise RequestError("stream gives one sample; leave n at 1")
-            for outcome in scheduler.run(jobs, 1):
-                if outcome.error is not None:
-                    raise outcome.error
-                yield outcome.event
+        return self._stream(_Asked(prompt, params, strategy, policy, overrides), _never)
 
     def stream_text(
         self, prompt: Any, params: SamplingParams | None = None, **kw: Any
@@ -199,28 +214,48 @@ class Reasoner:
                 yield event.step.text
 
     async def agenerate(
-        self, prompt: Any, params: SamplingParams | None = None, **kw: Any
-    ) -> Result:
-        """`generate` for one prompt without blocking the event loop. Cancelling stops the work."""
-        async for event in self.astream(prompt, params, **kw):
-            if isinstance(event, Done):
-                return event.result
-        raise CascadeError("the stream ended without a result")  # cannot happen
+        self,
+        prompt: Any,
+        params: SamplingParams | Seq[SamplingParams] | None = None,
+        *,
+        strategy: str | Strategy | None = None,
+        policy: PolicyLike | None = None,
+        on_event: Callable[[int, Event], None] | None = None,
+        **overrides: Any,
+    ) -> Any:
+        """`generate` without blocking the event loop; `on_event` is called in another thread.
+
+        Cancelling stops the work within one step, and returns when it has stopped.
+        """
+        asked, stop = _Asked(prompt, params, strategy, policy, overrides), threading.Event()
+        loop = asyncio.get_running_loop()
+        worker = loop.run_in_executor(None, self._generate, asked, on_event, stop.is_set)
+        try:
+            return await asyncio.shield(worker)
+        except asyncio.CancelledError:
+            stop.set()
+            await asyncio.wait([worker])
+            worker.exception()  # it was told to stop: nobody asks why it did
+            raise
 
     async def astream(
-        self, prompt: Any, params: SamplingParams | None = None, **kw: Any
+        self,
+        prompt: Any,
+        params: SamplingParams | None = None,
+        *,
+        strategy: str | Strategy | None = None,
+        policy: PolicyLike | None = None,
+        **overrides: Any,
     ) -> AsyncIterator[Event]:
         """`stream` without blocking the event loop. Cancelling stops the work within one step."""
+        asked, stop = _Asked(prompt, params, strategy, policy, overrides), threading.Event()
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event | BaseException | None] = asyncio.Queue()
-        stop = threading.Event()
 
         def work() -> None:
             try:
-                for event in self.stream(prompt, params, **kw):
+                for event in self._stream(asked, stop.is_set):
                     loop.call_soon_threadsafe(events.put_nowait, event)
-                    if stop.is_set():
-                        return
                 loop.call_soon_threadsafe(events.put_nowait, None)
             except BaseException as error:
                 loop.call_soon_threadsafe(events.put_nowait, error)
@@ -233,77 +268,170 @@ class Reasoner:
                 yield event
         finally:
             stop.set()
-            await asyncio.shield(worker)
+            await asyncio.wait([worker])
+
+    async def astream_text(
+        self, prompt: Any, params: SamplingParams | None = None, **kw: Any
+    ) -> AsyncIterator[str]:
+        """`stream_text` without blocking the event loop."""
+        async for event in self.astream(prompt, params, **kw):
+            if event.kind == "step_committed" and event.step.text:
+                yield event.step.text
+
+    def outcomes(
+        self,
+        prompts: Seq[Any],
+        params: SamplingParams | Seq[SamplingParams] | None = None,
+        *,
+        strategy: str | Strategy | None = None,
+        policy: PolicyLike | None = None,
+        **overrides: Any,
+    ) -> Iterator[Outcome]:
+        """`generate` for a list, result by result as they end; what happens before comes too.
+
+        Yields `Outcome`s: the sample's number, an event, its `Task`, and with the last event,
+        `Done`, the error that ended it, if any. Closing the iterator stops the work.
+        """
+        return self._run(_Asked(prompts, params, strategy, policy, overrides), list(prompts))
 
     def audit(
         self,
         prompt: Any,
         params: SamplingParams | None = None,
         *,
+        strategy: str | Strategy | None = None,
+        policy: PolicyLike | None = None,
         tolerance: float | None = None,
-        **kw: Any,
+        **overrides: Any,
     ) -> AuditReport:
         """Run one prompt and compare its cache with a prefill by the verifying slice alone."""
         reports: list[AuditReport] = []
-        with self._lock:
-            jobs, _ = self._jobs([prompt], params, None, None, kw)
-            done = scheduler.run(
-                jobs[:1],
-                1,
-                lambda task: reports.append(
-                    task.sequence.audit(self.roles.verify, tolerance=tolerance)
-                ),
-            )
-            for outcome in done:
-                if outcome.error is not None:
-                    raise outcome.error
+        asked = _Asked(prompt, params, strategy, policy, overrides)
+
+        def look(task: Task) -> None:
+            reports.append(task.sequence.audit(self.roles.verify, tolerance=tolerance))
+
+        for outcome in self._run(asked, [prompt], _never, look):
+            if outcome.error is not None:
+                raise outcome.error
         return reports[0]
+
+    def calibrate(
+        self,
+        problems: Iterable[Scored],
+        policy: PolicyLike,
+        *,
+        target: Target,
+        **settings: Any,
+    ) -> Calibrated:
+        """A policy with the setting that holds a target on problems like these.
+
+        See `cascade.calibration.calibrate`, which has the settings.
+        """
+        from cascade.calibration import calibrate
+
+        return calibrate(self, problems, resolve_policy(policy), target=target, **settings)
 
     # ---- inside ----
 
-    def _jobs(
+    def _generate(
         self,
+        asked: _Asked,
+        on_event: Callable[[int, Event], None] | None,
+        stopped: Callable[[], bool],
+    ) -> Any:
+        prompt = asked.prompt
+        many = isinstance(prompt, (list, tuple)) and not is_messages(prompt)
+        prompts = list(prompt) if many else [prompt]
+        results: dict[int, Result] = {}
+        for outcome in self._run(asked, prompts, stopped):
+            if on_event is not None:
+                on_event(outcome.number, outcome.event)
+            if isinstance(outcome.event, Done):
+                if outcome.error is not None and not many:
+                    raise outcome.error
+                results[outcome.number] = outcome.event.result
+        if stopped():
+            raise _Stopped
+        samples = len(results) // max(len(prompts), 1)
+        grouped = _group([results[i] for i in range(len(results))], samples)
+        return grouped if many else grouped[0]
+
+    def _stream(self, asked: _Asked, stopped: Callable[[], bool]) -> Iterator[Event]:
+        for outcome in self._run(asked, [asked.prompt], stopped, one_sample=True):
+            if outcome.error is not None:
+                raise outcome.error
+            yield outcome.event
+
+    def _run(
+        self,
+        asked: _Asked,
         prompts: list[Any],
-        params: SamplingParams | Seq[SamplingParams] | None,
-        strategy: str | Strategy | None,
-        policy: Policy | None,
-        overrides: Mapping[str, Any],
-    ) -> tuple[list[Job], int]:
-        """Check everything before any work; one job a sample. Also the samples per prompt."""
+        stopped: Callable[[], bool] = _never,
+        on_end: Callable[[Task], None] | None = None,
+        *,
+        one_sample: bool = False,
+    ) -> Iterator[Outcome]:
+        """Outcomes of all samples of some prompts, once this call's turn has come."""
+        strategy = self.strategy if asked.strategy is None else resolve(asked.strategy)
+        with self._turn(stopped):
+            jobs = self._jobs(prompts, strategy, asked)
+            if one_sample and len(jobs) != 1:
+                raise RequestError("a stream gives one sample; leave n at 1")
+            for outcome in scheduler.run(jobs, self.max_batch, on_end, stopped):
+                if isinstance(outcome.event, Done):
+                    telemetry.record(outcome.event.result, type(strategy).__name__.lower())
+                yield outcome
+
+    @contextmanager
+    def _turn(self, stopped: Callable[[], bool]) -> Iterator[None]:
+        """Wait until no other call runs."""
+        if self._runner == threading.get_ident():
+            raise RequestError(
+                "a stream of this Reasoner is still open in this thread: read it to its end or "
+                "close() it, then call again"
+            )
+        while not self._lock.acquire(timeout=PATIENCE):
+            if stopped():
+                raise _Stopped
+        self._runner = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._runner = None
+            self._lock.release()
+
+    def _jobs(self, prompts: list[Any], strategy: Strategy, asked: _Asked) -> list[Job]:
+        """Check everything before any work; one job a sample."""
         if not prompts:
-            return [], 1
-        overrides = dict(overrides)
+            return []
+        roles = self.roles
+        if asked.policy is not None:
+            roles = replace(roles, policy=resolve_policy(asked.policy))
+        overrides = dict(asked.overrides)
         consistency: Consistency = overrides.pop("consistency", self.consistency)
         check_consistency(consistency)
-        chosen = self.strategy if strategy is None else resolve(strategy)
-        roles = self.roles if policy is None else replace(self.roles, policy=policy)
-        for name in ("slice", "draft", "verify", "think", "answer"):
-            if (slice := getattr(chosen, name, None)) is not None:
-                self.model.slice_index(slice)
-        if chosen.slots > 1 and self.max_batch < 2:
-            raise RequestError(
-                f"{type(chosen).__name__} runs drafts in slots of their own; "
-                f"max_batch={self.max_batch} leaves none for them"
-            )
-        each = _params_for(len(prompts), params, overrides)
-        samples = each[0].n
-        if any(p.n != samples for p in each):
+        each = params_for(len(prompts), asked.params, overrides)
+        if any(params.n != each[0].n for params in each):
             raise RequestError("all prompts of one call need the same n")
+        for params in {id(params): params for params in each}.values():
+            strategy.check(Setting(self.model, self.codec, self.cache, roles, params))
         jobs: list[Job] = []
-        for number, (prompt, settings) in enumerate(zip(prompts, each, strict=True)):
+        for number, (prompt, params) in enumerate(zip(prompts, each, strict=True)):
             text, ids = self.codec.encode_prompt(prompt)
-            self._check(ids, settings)
-            shared_seed = not isinstance(params, (list, tuple)) and number > 0
-            for sample in range(samples):
-                seed = settings.seed
+            check_request(ids, params, self.model, self.cache, self.codec)
+            shared_seed = not isinstance(asked.params, (list, tuple)) and number > 0
+            for sample in range(params.n):
+                seed = params.seed
                 if seed is None:
                     seed = secrets.randbits(62)
                 elif sample or shared_seed:
                     seed = derive_seed(seed, number if shared_seed else 0, sample)
-                sampler = Sampler(settings, seed, len(ids), self._ends(settings))
-                start = self._starter(chosen, roles, sampler, text, ids, consistency)
-                jobs.append(Job(len(jobs), start, chosen.slots))
-        return jobs, samples
+                ends = self.codec.end_ids | frozenset(params.stop_token_ids)
+                sampler = Sampler(params, seed, len(ids), ends)
+                start = self._starter(strategy, roles, sampler, text, ids, consistency)
+                jobs.append(Job(len(jobs), start, strategy.slots))
+        return jobs
 
     def _starter(
         self,
@@ -313,85 +441,35 @@ class Reasoner:
         text: str | None,
         ids: list[int],
         consistency: Consistency,
-    ) -> Any:
+    ) -> Callable[[], tuple[Task, Run]]:
         def start() -> tuple[Task, Run]:
             sequence = self.model.sequence(
                 cache=self.cache, consistency=consistency, draft_cache=self.draft_cache
             )
-            task = Task(sequence, self.codec, sampler, text, ids)
+            task = Task(sequence, self.codec, sampler, text, ids, strategy.delimiter, self._memory)
             return task, strategy.run(task, roles)
 
         return start
 
-    def _ends(self, params: SamplingParams) -> frozenset[int]:
-        """Ids that `min_tokens`, or `ignore_eos`, keeps from being drawn."""
-        return self.codec.end_ids | frozenset(params.stop_token_ids)
 
-    def _check(self, ids: list[int], params: SamplingParams) -> None:
-        vocab = self.model.arch.vocab_size
-        outside = [i for i in ids if not 0 <= i < vocab]
-        if outside:
-            raise RequestError(f"prompt token id {outside[0]} is not in [0, {vocab})")
-        if len(ids) >= self.cache.max_length:
-            raise PromptTooLong(
-                f"the prompt has {len(ids)} tokens; max_length={self.cache.max_length} must leave "
-                "room for at least one more. Give Reasoner a larger max_length"
-            )
-        if params.stop and self.codec.tokenizer is None:
-            raise RequestError("stop strings need a tokenizer; use stop_token_ids")
-        for token in (*params.stop_token_ids, *params.logit_bias):
-            if not 0 <= token < vocab:
-                raise RequestError(
-                    f"token id {token} in stop_token_ids or logit_bias is not in [0, {vocab})"
-                )
-        budget = params.thinking_token_budget
-        if budget is not None and params.max_tokens is not None and budget > params.max_tokens:
-            raise RequestError(
-                f"thinking_token_budget={budget} is beyond max_tokens={params.max_tokens}"
-            )
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The arguments of one call, as they came."""
+
+    prompt: Any
+    params: object
+    strategy: str | Strategy | None
+    policy: PolicyLike | None
+    overrides: Mapping[str, Any]
 
 
-def _params_for(
-    count: int, params: SamplingParams | Seq[SamplingParams] | None, overrides: Mapping[str, Any]
-) -> list[SamplingParams]:
-    if isinstance(params, (list, tuple)):
-        if len(params) != count:
-            raise RequestError(f"{count} prompts, but {len(params)} SamplingParams")
-        each = list(params)
-    else:
-        each = [params or SamplingParams()] * count
-    for one in each:
-        if not isinstance(one, SamplingParams):
-            raise RequestError(f"params must be SamplingParams, got {type(one).__name__}")
-    if not overrides:
-        return each
-    try:
-        changes = SamplingParams.model_validate(dict(overrides)).model_dump(exclude_unset=True)
-        merged = [
-            SamplingParams.model_validate(p.model_dump(exclude_unset=True) | changes) for p in each
-        ]
-    except ValidationError as error:
-        raise RequestError(_explain(error)) from None
-    return merged
-
-
-def _explain(error: ValidationError) -> str:
-    """pydantic's findings in one sentence, unknown names with the known ones."""
-    from cascade.errors import unknown
-
-    parts = []
-    for item in error.errors():
-        name = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            parts.append(unknown("sampling parameter", name, SamplingParams.model_fields))
-        else:
-            parts.append(f"{name}={item['input']!r}: {item['msg']}" if name else str(item["msg"]))
-    return "; ".join(parts)
+class _Stopped(Exception):
+    """The call was told to stop."""
 
 
 def _group(results: list[Result], samples: int) -> list[Result]:
     """One result a prompt; with several samples, the first one holding them all."""
-    if samples == 1:
+    if samples <= 1:
         return results
     groups = [results[i : i + samples] for i in range(0, len(results), samples)]
     return [replace(group[0], samples=tuple(group)) for group in groups]

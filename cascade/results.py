@@ -10,6 +10,17 @@ from typing import Any, Literal
 from cascade.policies import Phase
 
 FinishReason = Literal["stop", "length", "error"]
+StepDecision = Literal[
+    "accept",
+    "unverified",
+    "refresh",
+    "rewrite",
+    "escalate",
+    "lead",
+    "verified",
+    "written",
+    "forced",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,13 +30,23 @@ class Step:
     text:         what was kept; None without a tokenizer
     slice:        the slice that finished it
     phase:        `thinking` or `answer`
-    score:        the verifier's lowest token probability over the draft; None if nobody scored it
-    mean_score:   the geometric mean of the verifier's token probabilities over the draft
-    decision:     `accept`, `rewrite`, `written` (no draft was involved) or `forced`
-    tokens:       number of kept tokens; drafted_tokens: of those, how many the draft slice wrote
+    score:        the lowest probability that `scorer` gave a token of the last draft of this step;
+                  None if nobody scored it
+    mean_score:   the geometric mean of those probabilities
+    decision:     `accept`      drafted, scored and kept whole
+                  `unverified`  drafted and kept without a score
+                  `refresh`     kept like `accept`; then the cache was made the verifier's
+                  `rewrite`     kept up to a token, from there on written by the verifier
+                  `escalate`    drafts dropped, written by the verifier, the last slice left
+                  `lead`        written by the verifier, which was handed the lead
+                  `verified`    token by token: drafted or not, drawn as the verifier would have
+                  `written`     written by a slice without a draft
+                  `forced`      the end of a thought, which nobody wrote
+    drafter:      the slice that drafted it last; `slice` where nothing was drafted
+    scorer:       the slice that scored the last draft
+    tokens:       number of kept tokens; drafted_tokens: of those, how many were drafted
     milliseconds: wall time from the draft's start to the commit, waiting for other rows included
-    retracted:    the text of drafted tokens that were dropped
-    logprobs:     log-probability of each kept token under the slice named by `slice`, where known
+    retracted:    the text of drafted tokens that were dropped, in their order
     """
 
     index: int
@@ -35,12 +56,13 @@ class Step:
     phase: Phase
     score: float | None
     mean_score: float | None
-    decision: Literal["accept", "rewrite", "written", "forced"]
+    decision: StepDecision
     drafter: str
     drafted_tokens: int
     milliseconds: float
     retracted: str | None = None
     retracted_ids: tuple[int, ...] = ()
+    scorer: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -52,8 +74,9 @@ class Usage:
     """Token counts of one request.
 
     prompt, reasoning, answer: tokens of each part; `</think>` counts as reasoning
-    drafted:   tokens proposed by the draft slice; accepted: of those, how many were kept
-    rewritten: kept tokens that the verifying slice wrote in place of a rejected draft
+    drafted:    tokens proposed by drafting slices; accepted: of those, how many were kept
+    rewritten:  kept tokens that the verifying slice wrote in place of a rejected draft
+    unverified: of the accepted ones, those that no other slice has scored
     by_slice:  kept tokens by the slice that wrote them; thinking_by_slice: of the reasoning alone
     """
 
@@ -65,6 +88,7 @@ class Usage:
     rewritten: int
     by_slice: Mapping[str, int]
     thinking_by_slice: Mapping[str, int]
+    unverified: int = 0
 
     @property
     def completion(self) -> int:
@@ -78,11 +102,12 @@ class Metrics:
     seconds:          wall time from its first pass to its last
     tokens_per_second: kept tokens over `seconds`
     acceptance_rate:  accepted / drafted tokens; None where nothing was drafted
-    mean_accepted:    accepted tokens per drafted step; None where nothing was drafted
-    passes, bytes:    forward passes this request took part in, and bytes of weights that those
-                      passes read (expected distinct experts, each read once a pass), by slice
-    refreshed:        tokens run again where a strategy made the cache exact at a switch, and the
-                      `refresh_seconds` that this took
+    mean_accepted:    accepted tokens per draft; None where nothing was drafted
+    passes, ran, bytes: forward passes this request took part in, its tokens in them (prompt, drafts
+                      and verification included), and bytes of weights that those passes read
+                      (expected distinct experts, each read once a pass), by slice
+    refreshed:        tokens run again to make the cache exact, at a switch or before a verification
+    refresh_seconds:  what the former took; the latter is part of its verifying pass
     """
 
     seconds: float
@@ -91,6 +116,7 @@ class Metrics:
     mean_accepted: float | None
     passes: Mapping[str, int]
     bytes: Mapping[str, int]
+    ran: Mapping[str, int] = field(default_factory=dict)
     refreshed: int = 0
     refresh_seconds: float = 0.0
 
@@ -118,7 +144,8 @@ class Result:
     Text fields are None for a checkpoint without a tokenizer.
     finish_reason: `stop` (end token or stop string), `length` (max_tokens or the cache), `error`
     logprobs:  for each generated token, its log-probability and those of the most likely ones,
-               where `SamplingParams.logprobs` asked for them
+               where `SamplingParams.logprobs` asked for them: under the slice that verified it, or
+               that wrote it where none did, at temperature 1 and before any filter
     samples:   with `n` > 1, all samples, this first one included
     candidates: the drafts that `explore` chose from
     """

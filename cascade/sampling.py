@@ -6,6 +6,7 @@ sampling are both taken after every filter, and q is the distribution really sam
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Seq
@@ -24,7 +25,9 @@ class SamplingParams(BaseModel):
     """How tokens are chosen and where generation ends. Frozen; unknown fields are refused.
 
     Names are vLLM's; `max_new_tokens`, `min_new_tokens`, `do_sample` and `stop_strings` are
-    accepted as aliases. Unlike there, the default is greedy (`temperature=0`).
+    accepted as aliases. Unlike there, the default is greedy (`temperature=0`). In their order:
+    repetition penalty (over prompt and output), presence and frequency penalty (over the output),
+    bias, `min_tokens`, temperature, top-k, top-p, min-p.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -32,9 +35,11 @@ class SamplingParams(BaseModel):
     n: Annotated[int, Field(ge=1, description="samples per prompt")] = 1
     temperature: Annotated[float, Field(ge=0, description="0 is greedy")] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1, description="nucleus mass kept")] = 1.0
-    top_k: Annotated[int, Field(ge=0, description="most likely tokens kept, 0 for all")] = 0
+    top_k: Annotated[int, Field(ge=-1, description="most likely tokens kept, 0 or -1 for all")] = 0
     min_p: Annotated[float, Field(ge=0, le=1, description="least share of the best kept")] = 0.0
     repetition_penalty: Annotated[float, Field(gt=0, description="1 is none")] = 1.0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2, description="a token written")] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2, description="each time written")] = 0.0
     logit_bias: Mapping[int, float] = Field(default_factory=dict, description="added to logits")
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     stop: tuple[str, ...] = ()
@@ -80,6 +85,13 @@ class SamplingParams(BaseModel):
             raise ValueError("an empty stop string would stop at once")
         return value
 
+    @field_validator("logit_bias")
+    @classmethod
+    def _below_infinity(cls, value: Mapping[int, float]) -> Mapping[int, float]:
+        if any(math.isnan(bias) or bias == math.inf for bias in value.values()):
+            raise ValueError("a bias is a number; -inf forbids a token")
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> SamplingParams:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -95,8 +107,9 @@ class SamplingParams(BaseModel):
 class Sampler:
     """The distribution and the draws of one request.
 
-    seed:          every draw depends on (seed, absolute position) alone, not on the batch
-    prompt_length: tokens before the first generated one, for `min_tokens`
+    seed:          every draw depends on (seed, absolute position) alone, neither on the batch nor
+                   on the slice: two slices of one distribution draw the same token
+    prompt_length: tokens before the first generated one, for `min_tokens` and the penalties
     ends:          ids that `min_tokens` forbids before its time
     """
 
@@ -120,58 +133,87 @@ class Sampler:
         return p.greedy and plain and not (self.ends and p.min_tokens)
 
     def distribution(self, logits: Tensor, tokens: Seq[int]) -> Tensor:
-        """Probabilities [V] of the next token after `tokens`, every filter applied.
+        """Probabilities [V] of the next token after `tokens`; see `distributions`."""
+        return self.distributions(logits[None], tokens)[0]
 
-        logits: [V] fp32. Greedy gives one probability of 1.
+    def distributions(self, logits: Tensor, tokens: Seq[int], drafted: Seq[int] = ()) -> Tensor:
+        """Probabilities [m, V], every filter applied; greedy gives one probability of 1.
+
+        logits: [m, V] fp32; row i predicts the token after `tokens` and the first i of `drafted`.
         """
         import torch
 
         p = self.params
-        logits = self._adjusted(logits, tokens)
+        logits = self.adjusted(logits, tokens, drafted)
         if p.greedy:
-            return torch.zeros_like(logits).index_fill_(0, logits.argmax(), 1.0)
-        logits = logits / p.temperature
-        if 0 < p.top_k < logits.numel():
-            logits = logits.masked_fill(logits < logits.topk(p.top_k).values[-1], -torch.inf)
-        probs = logits.softmax(0)
+            best = logits.argmax(-1, keepdim=True)
+            return torch.zeros_like(logits).scatter_(-1, best, 1.0)
+        logits = (logits - logits.amax(-1, keepdim=True)) / p.temperature
+        if 0 < p.top_k < logits.shape[-1]:
+            least = logits.topk(p.top_k).values[:, -1:]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        probs = logits.softmax(-1)
         if p.top_p < 1:
-            ranked, order = probs.sort(descending=True)
-            drop = ranked.cumsum(0) - ranked >= p.top_p
-            probs = probs.index_fill(0, order[drop], 0.0)
+            ranked, order = probs.sort(dim=-1, descending=True, stable=True)
+            dropped = ranked.cumsum(-1) - ranked >= p.top_p
+            probs = probs.scatter(-1, order, ranked.masked_fill(dropped, 0.0))
         if p.min_p > 0:
-            probs = probs.masked_fill(probs < p.min_p * probs.max(), 0.0)
-        return probs / probs.sum()
+            probs = probs.masked_fill(probs < p.min_p * probs.amax(-1, keepdim=True), 0.0)
+        return probs / probs.sum(-1, keepdim=True)
 
     def sample(self, logits: Tensor, tokens: Seq[int], kernels: Any) -> tuple[int, Tensor]:
-        """Draw the next id after `tokens`; also the distribution it was drawn from."""
-        import torch
-
+        """Draw the next id after `tokens`; also the distribution [V] it was drawn from."""
         probs = self.distribution(logits, tokens)
-        if self.params.greedy:
-            return int(probs.argmax()), probs
-        seed = torch.tensor([self.seed], device=probs.device)
-        position = torch.tensor([len(tokens)], device=probs.device)
-        return int(kernels.race_sample(probs[None], seed, position)[0]), probs
+        return self.draw(probs[None], len(tokens), kernels)[0], probs
 
-    def _adjusted(self, logits: Tensor, tokens: Seq[int]) -> Tensor:
+    def draw(self, probs: Tensor, position: int, kernels: Any) -> list[int]:
+        """One id from each of the distributions [m, V] at positions from `position` on."""
         import torch
 
-        p = self.params
+        if self.params.greedy:
+            best: list[int] = probs.argmax(-1).tolist()
+            return best
+        positions = torch.arange(position, position + len(probs), device=probs.device)
+        seeds = torch.full_like(positions, self.seed)
+        drawn: list[int] = kernels.race_sample(probs, seeds, positions).tolist()
+        return drawn
+
+    def adjusted(self, logits: Tensor, tokens: Seq[int], drafted: Seq[int] = ()) -> Tensor:
+        """Logits [m, V] after penalties, bias and `min_tokens`; rows as in `distributions`."""
+        import torch
+
+        p, device = self.params, logits.device
         if p.repetition_penalty != 1:
-            seen = torch.tensor(sorted(set(tokens)), device=logits.device)
-            value = logits[seen]
+            seen = _counts(tokens, drafted, logits) > 0
             scaled = torch.where(
-                value > 0, value / p.repetition_penalty, value * p.repetition_penalty
+                logits > 0, logits / p.repetition_penalty, logits * p.repetition_penalty
             )
-            logits = logits.index_copy(0, seen, scaled)
+            logits = torch.where(seen, scaled, logits)
+        if p.presence_penalty or p.frequency_penalty:
+            written = _counts(tokens[self.prompt_length :], drafted, logits)
+            logits = logits - p.frequency_penalty * written - p.presence_penalty * (written > 0)
         if p.logit_bias:
-            ids = torch.tensor(list(p.logit_bias), device=logits.device)
-            bias = torch.tensor(list(p.logit_bias.values()), device=logits.device)
-            logits = logits.index_add(0, ids, bias.to(logits.dtype))
-        if self.ends and len(tokens) - self.prompt_length < p.min_tokens:
-            ids = torch.tensor(sorted(self.ends), device=logits.device)
-            logits = logits.index_fill(0, ids, -torch.inf)
+            ids = torch.tensor(list(p.logit_bias), device=device)
+            bias = torch.tensor(list(p.logit_bias.values()), device=device)
+            logits = logits.index_add(-1, ids, bias.to(logits.dtype).expand(len(logits), -1))
+        early = p.min_tokens - (len(tokens) - self.prompt_length)
+        if self.ends and early > 0:
+            ids = torch.tensor(sorted(self.ends), device=device)
+            held = logits[:early].index_fill(-1, ids, -torch.inf)
+            logits = torch.cat([held, logits[early:]])
         return logits
+
+
+def _counts(tokens: Seq[int], drafted: Seq[int], logits: Tensor) -> Tensor:
+    """How often each id stands in `tokens` and the first i of `drafted`: [m, V] like `logits`."""
+    import torch
+
+    rows, size = logits.shape
+    before = torch.tensor(list(tokens), dtype=torch.int64, device=logits.device)
+    counts = before.bincount(minlength=size).repeat(rows, 1)
+    for i, token in enumerate(drafted[: rows - 1], 1):
+        counts[i:, token] += 1
+    return counts
 
 
 GREEDY = SamplingParams()

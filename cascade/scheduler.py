@@ -6,10 +6,11 @@ its own error and leaves the others running. A task that gathers others waits un
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from cascade.batch import Batch
 from cascade.errors import CacheFull, CascadeError
@@ -28,6 +29,8 @@ from cascade.verbs import (
     Verb,
     Verify,
 )
+
+Kind: TypeAlias = tuple[Any, ...]
 
 
 @dataclass
@@ -54,10 +57,12 @@ class _Active:
     ended: bool = False
 
     @property
-    def kind(self) -> tuple[object, ...]:
+    def kind(self) -> Kind:
         """Tasks of one kind can share a batch."""
-        verb, shared = self.verb, ("slice", "until", "last")
-        return type(verb), *(getattr(verb, name, None) for name in shared)
+        verb = self.verb
+        return type(verb), *(
+            getattr(verb, name, None) for name in ("slice", "until", "repair", "last")
+        )
 
 
 @dataclass(eq=False)
@@ -77,18 +82,23 @@ class Outcome:
 
     number: int
     event: Event
+    task: Task
     error: BaseException | None = None
 
 
 def run(
-    jobs: Iterable[Job], max_batch: int, on_end: Callable[[Task], None] | None = None
+    jobs: Iterable[Job],
+    max_batch: int,
+    on_end: Callable[[Task], None] | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[Outcome]:
     """Run jobs, at most `max_batch` slots at a time, and yield their events as they happen.
 
-    on_end: called with a task that has ended, before its sequence is closed.
+    on_end:  called with a task that has ended, before its sequence is closed
+    stopped: asked before every verb; once it says true all work stops
     Closing the iterator stops all work and frees all slots.
     """
-    return _Scheduler(deque(jobs), max_batch, on_end).run()
+    return _Scheduler(deque(jobs), max_batch, on_end, stopped).run()
 
 
 @dataclass
@@ -96,12 +106,13 @@ class _Scheduler:
     queue: deque[Job]
     max_batch: int
     on_end: Callable[[Task], None] | None
+    stopped: Callable[[], bool]
     active: list[_Active] = field(default_factory=list)
     families: list[_Family] = field(default_factory=list)
 
     def run(self) -> Iterator[Outcome]:
         try:
-            while self.queue or self.active:
+            while (self.queue or self.active) and not self.stopped():
                 while self.queue and self._has_room_for(self.queue[0]):
                     job = self.queue.popleft()
                     entry = _Active(job.number, *job.start(), job.slots)
@@ -142,6 +153,7 @@ class _Scheduler:
 
     def _resume(self, entry: _Active, outcome: Any) -> Iterator[Outcome]:
         """Give a task its outcome and take its next verb, or note how it ended."""
+        began = time.perf_counter()
         try:
             if isinstance(outcome, BaseException):
                 entry.verb = entry.run.throw(outcome)
@@ -157,6 +169,7 @@ class _Scheduler:
         except Exception as error:  # the task's own failure; the others go on
             entry.error, entry.ended = error, True
             entry.task.finish_reason = "error"
+        entry.task.busy += time.perf_counter() - began
         yield from self._drain(entry)
 
     def _drain(self, entry: _Active) -> Iterator[Outcome]:
@@ -164,7 +177,7 @@ class _Scheduler:
         events, entry.task.events = entry.task.events, []
         if entry.family is None:
             for event in events:
-                yield Outcome(entry.number, event)
+                yield Outcome(entry.number, event, entry.task)
         if not entry.ended:
             return
         self.active.remove(entry)
@@ -176,7 +189,7 @@ class _Scheduler:
         if self.on_end is not None and entry.error is None:
             self.on_end(entry.task)
         entry.task.sequence.close()
-        yield Outcome(entry.number, Done(result), entry.error)
+        yield Outcome(entry.number, Done(result), entry.task, entry.error)
 
     def _end_child(self, child: _Active, family: _Family) -> Iterator[Outcome]:
         family.running.remove(child)
@@ -206,7 +219,7 @@ class _Scheduler:
 
 def _largest_group(active: list[_Active]) -> list[_Active]:
     """The most tasks that wait for one kind of verb; among equals the longest-waiting kind."""
-    groups: dict[tuple[object, ...], list[_Active]] = {}
+    groups: dict[Kind, list[_Active]] = {}
     for entry in active:
         if not isinstance(entry.verb, Gather):
             groups.setdefault(entry.kind, []).append(entry)
@@ -217,8 +230,13 @@ def _execute(group: list[_Active]) -> list[Any]:
     """Outcomes of one batch. Where the batch fails, each task alone, and its error as outcome."""
     if not group:
         return []
+    began = time.perf_counter()
     try:
-        return _run_verbs(group)
+        outcomes = _run_verbs(group)
+        for entry in group:
+            entry.task.beside = len(group)
+            entry.task.busy += (time.perf_counter() - began) / len(group)
+        return outcomes
     except (CascadeError, RuntimeError, MemoryError) as error:
         if len(group) == 1:
             return [error]
@@ -237,9 +255,9 @@ def _run_verbs(group: list[_Active]) -> list[Any]:
         case Propose():
             batch.propose([v.ids for v in verbs])
         case Verify():
-            return batch.verify(verbs[0].slice)
+            return batch.verify(verbs[0].slice, repair=verbs[0].repair)
         case Commit():
-            batch.commit([v.n for v in verbs])
+            batch.commit([v.n for v in verbs], [v.bonus for v in verbs])
         case Rollback():
             batch.rollback([v.length for v in verbs])
         case Refresh():

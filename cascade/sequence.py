@@ -188,8 +188,9 @@ class Sequence:
     ) -> list[int]:
         """Continue by up to `k` ids without committing, and return them.
 
-        Stops early after an id of `until`. Greedy without `params`. A second call goes on behind
-        the ids drafted so far.
+        Stops early after an id of `until`. Greedy without `params`; a `Sampler` knows where the
+        prompt ends, for penalties on the output and `min_tokens`. A second call goes on behind the
+        ids drafted so far.
         """
         return Batch([self]).draft([k], slice, [params], until=until)[0]
 
@@ -200,13 +201,16 @@ class Sequence:
         """
         Batch([self]).propose([ids])
 
-    def verify(self, slice: str) -> Tensor:
+    def verify(self, slice: str, *, repair: bool = True) -> Tensor:
         """Logits [k + 1, V] (fp32) of a slice over the k drafted ids.
 
         Row i predicts drafted id i; the last row predicts the bonus token after them. Another
         slice may verify the same ids again; the same slice may not.
+
+        repair: False leaves what another slice wrote as it is in exact mode too: for a slice that
+                only gives an opinion on the way. The next `append` or `verify` with it repairs.
         """
-        return Batch([self]).verify(slice)[0]
+        return Batch([self]).verify(slice, repair=repair)[0]
 
     def commit(self, n: int, bonus: int | None = None) -> None:
         """Keep the first `n` drafted ids (0 <= n <= k) and drop the others.

@@ -7,41 +7,54 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, MutableMapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cascade.errors import PolicyError
+from cascade.account import Account
 from cascade.events import DraftDelta, Event, SliceChanged, StepCommitted, StepRetracted
-from cascade.policies import Accept, Phase, Policy, Rewrite, StepScores
-from cascade.results import Candidate, FinishReason, Metrics, Result, Step, Usage
+from cascade.figures import divergences, draft_figures, likeliest, logprobs_of
+from cascade.judge import Question
+from cascade.passes import is_stale, repair_start
+from cascade.policies import DraftScores, LabelledStep, Need, Phase, StepScores
+from cascade.results import Candidate, FinishReason, Result, Step, StepDecision
 from cascade.sampling import Sampler, derive_seed
 from cascade.sequence import Sequence
+from cascade.steps import Steps
 from cascade.text import Codec
+from cascade.transcript import Logprobs, Transcript
 from cascade.verbs import Append, Commit, Draft, Propose, Refresh, Rollback, Run, Verb, Verify
 
+NOTHING: frozenset[Need] = frozenset()
 
-@dataclass
-class _OpenStep:
-    began: float
-    phase: Phase
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A drafted step that is not committed.
+
+    scores: how its drafter sees it; logits: the drafter's own [k, V], None unless asked for
+    """
+
     ids: list[int]
-    drafted: int = 0
-    score: float | None = None
-    mean_score: float | None = None
-    retracted: tuple[int, ...] = ()
+    slice: str
+    scores: DraftScores
+    logits: Tensor | None = None
 
 
 class Task:
     """What a strategy sees of its request.
 
-    sequence:  the tokens and the cache; `finished` says whether generation has ended
-    delimiter: text that ends a step
+    sequence:   the tokens and the cache; transcript: what was generated, whose it is, its text
+    account:    what it has cost; `finished` says whether generation has ended
+    delimiter:  text that ends a step
+    memory:     what strategies keep from one request of a Reasoner to the next
+    beside:     requests that shared the last batch, this one included
+    busy:       seconds of work: its own, and its share of the batches it was in
+    score, candidates, labels: what a strategy has found out, for whoever started it
     """
 
     def __init__(
@@ -52,24 +65,22 @@ class Task:
         prompt: str | None,
         prompt_ids: Seq[int],
         delimiter: str = "\n",
+        memory: MutableMapping[Any, Any] | None = None,
     ) -> None:
         self.sequence, self.codec, self.sampler = sequence, codec, sampler
         self.prompt, self.prompt_ids = prompt, tuple(prompt_ids)
         self.delimiter = delimiter
-        self.steps: list[Step] = []
+        self.memory: MutableMapping[Any, Any] = {} if memory is None else memory
+        self.beside, self.busy = 1, 0.0
+        self.transcript = Transcript(codec, sampler.params, prompt_ids)
+        self.account = Account()
+        self.log = Steps(self.transcript)
         self.finish_reason: FinishReason | None = None
         self.events: list[Event] = []
-        self.phase: Phase = "thinking" if codec.thinks_at(prompt_ids) else "answer"
-        self.score: float | None = None  # of a child, where a strategy has judged it
+        self.score: float | None = None
         self.candidates: tuple[Candidate, ...] = ()
-        self._authors: list[tuple[str, Phase]] = []  # one per generated token
-        self._logprobs: list[Mapping[int, float]] = []
-        self._drafted = self._accepted = self._rewritten = self._draft_steps = 0
-        self._refreshed, self._refresh_seconds = 0, 0.0
-        self._cut: int | None = None  # length of the text before a stop string
-        self._step: _OpenStep | None = None
+        self.labels: list[LabelledStep] = []
         self._writer: str | None = None
-        self._began = time.perf_counter()
 
     # ---- what a strategy asks ----
 
@@ -78,14 +89,34 @@ class Task:
         return self.finish_reason is not None
 
     @property
+    def steps(self) -> list[Step]:
+        """The steps that were committed."""
+        return self.log.done
+
+    @property
     def generated(self) -> list[int]:
         """Ids after the prompt."""
-        return self.sequence.tokens[len(self.prompt_ids) :]
+        return list(self.transcript.ids)
+
+    @property
+    def kept(self) -> int:
+        """Number of ids after the prompt."""
+        return len(self.transcript)
+
+    @property
+    def phase(self) -> Phase:
+        return self.transcript.phase
+
+    @property
+    def thought(self) -> int:
+        """Number of generated tokens of the thought."""
+        return self.transcript.thought
 
     @property
     def boundaries(self) -> frozenset[int]:
-        """Ids after which a step ends."""
-        return self.codec.boundaries(self.delimiter) | frozenset(self.sampler.params.stop_token_ids)
+        """Ids after which a step may end."""
+        closers, stops = self.codec.closers(self.delimiter), self.sampler.params.stop_token_ids
+        return closers | frozenset(stops) if stops else closers
 
     @property
     def thinking_is_over_budget(self) -> bool:
@@ -93,155 +124,212 @@ class Task:
         return self.phase == "thinking" and budget is not None and self.thought >= budget
 
     @property
-    def thought(self) -> int:
-        """Number of generated tokens of the thought."""
-        return sum(phase == "thinking" for _, phase in self._authors)
-
-    @property
     def at_step_end(self) -> bool:
         """Whether the last committed id ends a step."""
-        return self.sequence.tokens[-1] in self.boundaries
+        return self.ends_step(self._tail(len(self.delimiter) + 1))
 
-    def allowance(self, cap: int) -> int:
-        """How many ids may be drafted now, at most `cap`."""
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of the open step that are committed."""
+        return len(self.transcript) - self.log.current.first
+
+    def ends_step(self, ids: Seq[int]) -> bool:
+        """Whether a step ends with the last of these ids."""
+        stops = self.sampler.params.stop_token_ids
+        return bool(ids) and (ids[-1] in stops or self.codec.closes(ids, self.delimiter))
+
+    def allowance(self, cap: int, spare: int = 0) -> int:
+        """How many ids may be drafted now, at most `cap`, with room for `spare` behind them."""
         params, cache = self.sampler.params, self.sequence.cache
-        limits = [cap, self.sequence.room, cache.max_draft]
+        limits = [cap, self.sequence.room, cache.max_draft - spare]
         if params.max_tokens is not None:
-            limits.append(params.max_tokens - len(self._authors))
+            limits.append(params.max_tokens - len(self.transcript))
         if self.phase == "thinking" and params.thinking_token_budget is not None:
             limits.append(params.thinking_token_budget - self.thought)
         return max(min(limits), 0)
 
-    def scores(self, draft: str, verify: str, table: Tensor) -> StepScores:
-        """Score the drafted ids under the verifier's logits [k + 1, V]."""
-        scores = StepScores(
-            step=len(self.steps),
-            phase=self.phase,
-            drafter=draft,
-            verifier=verify,
-            logprobs=tuple(logprobs_of(self.sequence.drafted, table)),
-        )
-        step = self._open
-        step.score, step.mean_score = math.exp(scores.min_logprob), math.exp(scores.mean_logprob)
-        return scores
-
-    # ---- what a strategy does ----
+    # ---- drafts and their scores ----
 
     def prefill(self, slice: str) -> Run:
         """Run the prompt under a slice."""
-        self._began = time.perf_counter()
+        self.account.began = time.perf_counter()
         yield Append(self.prompt_ids, slice)
 
-    def open_step(self) -> None:
-        self._step = _OpenStep(time.perf_counter(), self.phase, [])
+    def continue_step(
+        self, cap: int, slice: str, spare: int = 0
+    ) -> Generator[Verb, Any, list[int]]:
+        """Let a slice draft up to the end of the step, for `commit`; timed, but not entered."""
+        ids: list[int] = []
+        room, began = self.allowance(cap, spare), time.perf_counter()
+        while len(ids) < room:
+            ids += yield Draft(room - len(ids), slice, self.boundaries)
+            # What may complete a delimiter of several characters need not.
+            if len(self.delimiter) == 1 or self.ends_step(ids):
+                break
+        self.account.wrote(slice, len(ids), time.perf_counter() - began)
+        return ids
 
-    def write(self, cap: int, slice: str) -> Run:
-        """Let a slice write up to the next boundary, and commit it unscored."""
-        ids = yield Draft(self.allowance(cap), slice, self.boundaries)
-        yield from self.commit(len(ids), slice)
-
-    def propose(self, cap: int, slice: str) -> Generator[Verb, Any, list[int]]:
-        """Let a slice draft up to the next boundary without committing."""
-        ids: list[int] = yield Draft(self.allowance(cap), slice, self.boundaries)
-        self._drafted += len(ids)
-        self._draft_steps += 1
+    def draft(self, cap: int, slice: str, spare: int = 0) -> Generator[Verb, Any, list[int]]:
+        """Let a slice draft up to the next boundary, without committing."""
+        ids = yield from self.continue_step(cap, slice, spare)
+        self.account.drafted += len(ids)
+        self.account.rounds += 1
         self._announce(slice)
         self.events.append(DraftDelta(self.codec.decode(ids), tuple(ids), slice))
         return ids
 
-    def commit(self, count: int, author: str, *, drafted: bool = False) -> Run:
+    def propose(
+        self,
+        cap: int,
+        slice: str,
+        verifier: str,
+        needs: frozenset[Need] = NOTHING,
+        question: Question | None = None,
+    ) -> Generator[Verb, Any, Proposal]:
+        """Let a slice draft a step; also how it sees it itself, for a policy that `needs` that."""
+        spare = len(question.ids) if question else 0
+        ids = yield from self.draft(cap, slice, spare)
+        logits = (
+            torch.stack(self.sequence.rows[: len(ids)]) if needs & {"draft", "divergence"} else None
+        )
+        figures = draft_figures(ids, logits) if logits is not None and "draft" in needs else {}
+        model, meter = self.sequence.model, self.sequence.meter
+        scores = DraftScores(
+            step=len(self.steps),
+            phase=self.phase,
+            drafter=slice,
+            verifier=verifier,
+            text=self.codec.decode(ids),
+            progress=self.account.progress(self.transcript, meter, list(model.slices), self.steps),
+            **figures,
+        )
+        return Proposal(ids, slice, scores, logits)
+
+    def rate(
+        self,
+        proposal: Proposal,
+        slice: str,
+        needs: frozenset[Need] = NOTHING,
+        question: Question | None = None,
+        *,
+        repair: bool = True,
+    ) -> Generator[Verb, Any, StepScores]:
+        """Let a slice score a proposed step in one pass, and judge it where a question is put.
+
+        repair: as in `Sequence.verify`
+        """
+        ids = proposal.ids
+        if question and len(self.sequence.drafted) == len(ids):
+            yield Propose(question.ids)
+        began = time.perf_counter()
+        if repair:
+            self.account.refreshed += self._stale(slice)
+            self.account.unverified_steps = 0
+        table = yield Verify(slice, repair)
+        self.account.verified(slice, time.perf_counter() - began)
+        found: dict[str, Any] = {"logprobs": tuple(logprobs_of(ids, table))}
+        if proposal.logits is not None and "divergence" in needs:
+            found["divergences"] = divergences(proposal.logits, table[: len(ids)])
+        if question:
+            found["judge"] = question.answer(table[-1])
+        scores = StepScores(**dict(proposal.scores) | found | {"verifier": slice})
+        self.log.current.scores = scores
+        return scores
+
+    # ---- what becomes of them ----
+
+    def open_step(self) -> None:
+        self.log.open()
+
+    def write(self, cap: int, slice: str) -> Run:
+        """Let a slice write up to the next boundary, and commit it unscored."""
+        ids = yield from self.continue_step(cap, slice)
+        yield from self.commit(len(ids), slice)
+
+    def commit(
+        self,
+        count: int,
+        author: str,
+        *,
+        drafted: bool = False,
+        bonus: tuple[int, str] | None = None,
+    ) -> Run:
         """Commit the first `count` drafted ids, cut where generation ends.
 
-        author:  the slice that wrote them; drafted: whether they were a proposal of the draft slice
+        author:  the slice that wrote them; drafted: whether they were a proposal
+        bonus:   one more id and its author
         """
-        ids = self.sequence.drafted
-        count = self._fit(ids[:count])
-        if self.sampler.params.logprobs is not None:
-            self._record_logprobs(ids[:count])
-        yield Commit(count)
-        step = self._open
-        step.ids += ids[:count]
-        self._authors += [(author, step.phase)] * count
-        if drafted:
-            self._accepted += count
-            step.drafted += count
+        ids = self.sequence.drafted[:count]
+        offered = ids if bonus is None else [*ids, bonus[0]]
+        fit = self.transcript.fit(offered)
+        ids, more = ids[: fit.count], offered[count : fit.count]
+        wanted, logprobs = self.sampler.params.logprobs, []
+        if wanted is not None:
+            pairs = zip([*ids, *more], self.sequence.rows, strict=False)
+            logprobs = [likeliest(row, token, wanted) for token, row in pairs]
+        yield Commit(len(ids), more[0] if more else None)
+        self.transcript.add(ids, author, logprobs[: len(ids)], last=fit.ends and not more)
         self._announce(author)
-        if self.finish_reason is None and not self.allowance_left:
+        if bonus and more:
+            self.transcript.add(more, bonus[1], logprobs[len(ids) :], last=fit.ends)
+            self._announce(bonus[1])
+        if drafted:
+            self.account.accepted += len(ids)
+            self.log.current.drafted += len(ids)
+        if fit.ends:
+            self.transcript.cut, self.finish_reason = fit.cut, "stop"
+        elif not self._may_go_on:
             self.finish_reason = "length"
 
     def retract(self, ids: Seq[int], slice: str) -> None:
-        """Note that drafted ids were dropped."""
-        step = self._open
-        step.retracted = tuple(ids)
-        self.events.append(StepRetracted(self.codec.decode(ids), tuple(ids), slice, step.score))
+        """Note that drafted ids are dropped."""
+        if ids:
+            step = self.log.current
+            step.retracted += ids
+            score = None if step.scores is None else math.exp(step.scores.min_logprob)
+            self.events.append(StepRetracted(self.codec.decode(ids), tuple(ids), slice, score))
 
-    def close_step(
-        self, decision: Literal["accept", "rewrite", "written", "forced"], slice: str, drafter: str
-    ) -> None:
-        """Record the step that was open, unless nothing of it was kept."""
-        step = self._open
-        self._step = None
-        if decision == "rewrite":
-            self._rewritten += len(step.ids) - step.drafted
-        if not step.ids:
-            return
-        record = Step(
-            index=len(self.steps),
-            text=self._text_of(len(self._authors) - len(step.ids), len(self._authors)),
-            token_ids=tuple(step.ids),
-            slice=slice,
-            phase=step.phase,
-            score=step.score,
-            mean_score=step.mean_score,
-            decision=decision,
-            drafter=drafter,
-            drafted_tokens=step.drafted,
-            milliseconds=(time.perf_counter() - step.began) * 1e3,
-            retracted=self.codec.decode(step.retracted) if step.retracted else None,
-            retracted_ids=step.retracted,
-        )
-        self.steps.append(record)
-        self.events.append(StepCommitted(record))
-        if self.codec.end_think_id in step.ids:
-            self.phase = "answer"
-        elif self.codec.think_id in step.ids:
-            self.phase = "thinking"
+    def drop(self, proposal: Proposal) -> Run:
+        """Drop a proposed step as a whole."""
+        yield Commit(0)
+        self.retract(proposal.ids, proposal.slice)
+
+    def close_step(self, decision: StepDecision, drafter: str | None = None) -> None:
+        """Record the step that is open, unless nothing of it was kept.
+
+        drafter: the slice that drafted it, where one did
+        """
+        step = self.log.close(decision, drafter)
+        if step is not None:
+            if decision in ("rewrite", "escalate", "lead") and step.retracted_ids:
+                self.account.rewritten += step.tokens - step.drafted_tokens
+            if decision == "unverified":
+                self.account.unverified += step.tokens
+                self.account.unverified_steps += 1
+        self._hand_out_steps()
 
     def end_thinking(self, slice: str) -> Run:
-        """Force a clean end of the thought, on a line of its own."""
-        self.open_step()
-        ids = self.codec.end_of_thinking(self.sequence.tokens[-1], self.delimiter)
-        if len(ids) >= self.sequence.room:
-            self.finish_reason = "length"
-            self._step = None
+        """Force a clean end of a thought that goes on, on a line of its own; a slice runs it."""
+        if self.finished or self.phase != "thinking":
             return
+        if not self.log.is_open:
+            self.open_step()
+        ids = self.codec.end_of_thinking(self._tail(2))[: self.sequence.room]
         yield Propose(ids)
-        yield Commit(len(ids))
-        self._open.ids += ids
-        self._authors += [(slice, "thinking")] * len(ids)
-        if self.sampler.params.logprobs is not None:
-            self._logprobs += [{} for _ in ids]
-        self.close_step("forced", slice, slice)
+        yield Verify(slice, repair=False)
+        yield from self.commit(len(ids), slice)
+        self.close_step("forced")
 
     def refresh(self, slice: str, last: int | None = None) -> Run:
         """Make the cache what a slice alone would hold; tokens and time go into the metrics.
 
         last: re-run at most so many of the last tokens; see `Sequence.refresh` for what that leaves
         """
-        began = time.perf_counter()
-        self._refreshed += yield Refresh(slice, last)
-        self._refresh_seconds += time.perf_counter() - began
+        with self.account.refreshing():
+            self.account.refreshed += yield Refresh(slice, last)
+        self.account.unverified_steps = 0
 
-    def run_through(self, ids: Seq[int], slice: str) -> Generator[Verb, Any, list[float]]:
-        """Run and keep ids that were written elsewhere; their log-probabilities under the slice."""
-        logprobs: list[float] = []
-        longest = self.sequence.cache.max_draft
-        for chunk in (ids[i : i + longest] for i in range(0, len(ids), longest)):
-            yield Propose(chunk)
-            table = yield Verify(slice)
-            logprobs += logprobs_of(chunk, table)
-            yield Commit(len(chunk))
-        return logprobs
+    # ---- tasks beside this one ----
 
     def child(self, number: int, temperature: float) -> Task:
         """A task that goes on from here on a fork of the sequence, under a seed of its own.
@@ -255,87 +343,73 @@ class Task:
         sampler = replace(sampler, seed=derive_seed(sampler.seed, 0, number + 1))
         [sequence] = self.sequence.fork()
         sequence.meter = self.sequence.meter  # one account of passes
-        child = Task(sequence, self.codec, sampler, self.prompt, self.prompt_ids, self.delimiter)
-        child.phase, child.steps, child._writer = self.phase, list(self.steps), self._writer
-        child._authors, child._logprobs = list(self._authors), list(self._logprobs)
+        child = Task(
+            sequence,
+            self.codec,
+            sampler,
+            self.prompt,
+            self.prompt_ids,
+            self.delimiter,
+            self.memory,
+        )
+        child.transcript = self.transcript.copy()
+        child.log, child._writer = self.log.over(child.transcript), self._writer
         return child
 
-    def judge(self, start: int, slice: str) -> Generator[Verb, Any, list[float]]:
+    def rerun(self, start: int, slice: str) -> Generator[Verb, Any, list[float]]:
         """Log-probabilities under a slice of the ids from position `start` on, run again by it."""
         ids = self.sequence.tokens[start:]
         yield Rollback(start)
-        return (yield from self.run_through(ids, slice))
+        return (yield from self._run_through(ids, slice))[0]
 
     def adopt(self, child: Task, slice: str, *, scored: bool) -> Run:
         """Go on as a child did: its ids are run here by a slice, its steps become this task's.
 
         scored: whether that slice judges what it runs
         """
-        ids = child.generated[len(self.generated) :]
-        logprobs = iter((yield from self.run_through(ids, slice)))
-        for step in child.steps[len(self.steps) :]:
-            table = [next(logprobs) for _ in step.token_ids]
+        before = len(self.transcript)
+        logprobs, entries = yield from self._run_through(child.transcript.ids[before:], slice)
+        self.transcript = child.transcript
+        if entries:
+            self.transcript.logprobs[before:] = entries
+        rest = iter(logprobs)
+        self.log, adopted = self.log.over(self.transcript), child.log.since(len(self.steps))
+        for step, span in adopted:
+            table = [next(rest) for _ in step.token_ids]
             if scored:
                 low, mean = math.exp(min(table)), math.exp(sum(table) / len(table))
-                step = replace(step, score=low, mean_score=mean, decision="accept")
-            self.steps.append(step)
+                step = replace(step, score=low, mean_score=mean, decision="accept", scorer=slice)
+            self.log.add(step, span)
             self._announce(step.slice)
-            self.events.append(StepCommitted(step))
-        self._authors, self._logprobs = child._authors, child._logprobs
-        self.phase, self.finish_reason, self._cut = child.phase, child.finish_reason, child._cut
-        self._accepted += len(ids)
+        self.finish_reason = child.finish_reason
+        self.account.accepted += len(self.transcript) - before
+        self._hand_out_steps()
 
     def count_drafts(self, children: Seq[Task]) -> None:
-        """Enter into the usage what children wrote, kept or not."""
-        self._drafted += sum(len(c.generated) - len(self.generated) for c in children)
-        self._draft_steps += len(children)
+        """Enter into the account what children wrote, kept or not."""
+        before = len(self.transcript)
+        self.account.drafted += sum(len(child.transcript) - before for child in children)
+        self.account.rounds += len(children)
 
     # ---- the outcome ----
 
     def result(self, error: BaseException | None = None) -> Result:
         """The request as it stands now."""
-        ids = self.generated
-        text = self._text_of(0, len(ids))
-        reasoning, answer = self._parts(text)
-        seconds = time.perf_counter() - self._began
-        thinking = [author for author, phase in self._authors if phase == "thinking"]
-        names = list(self.sequence.model.slices)
-        passes: Counter[str] = Counter()
-        moved: Counter[str] = Counter()
-        for (writer, tokens), count in self.sequence.meter.passes.items():
-            passes[names[writer]] += count
-            moved[names[writer]] += count * self.sequence.model.pass_bytes(names[writer], tokens)
+        transcript, sequence = self.transcript, self.sequence
+        reasoning, answer = transcript.parts()
         return Result(
             prompt=self.prompt,
             prompt_token_ids=self.prompt_ids,
             answer=answer,
             reasoning=reasoning,
-            text=text,
-            token_ids=tuple(ids),
+            text=transcript.text,
+            token_ids=tuple(transcript.ids),
             finish_reason="error" if error else self.finish_reason or "length",
             steps=tuple(self.steps),
-            usage=Usage(
-                prompt=len(self.prompt_ids),
-                reasoning=len(thinking),
-                answer=len(ids) - len(thinking),
-                drafted=self._drafted,
-                accepted=self._accepted,
-                rewritten=self._rewritten,
-                by_slice=dict(Counter(author for author, _ in self._authors)),
-                thinking_by_slice=dict(Counter(thinking)),
-            ),
-            metrics=Metrics(
-                seconds=seconds,
-                tokens_per_second=len(ids) / seconds if seconds else 0.0,
-                acceptance_rate=self._accepted / self._drafted if self._drafted else None,
-                mean_accepted=self._accepted / self._draft_steps if self._draft_steps else None,
-                passes=dict(passes),
-                bytes=dict(moved),
-                refreshed=self._refreshed,
-                refresh_seconds=self._refresh_seconds,
-            ),
+            usage=self.account.usage(len(self.prompt_ids), transcript),
+            metrics=self.account.metrics(len(transcript), sequence.meter, sequence.model),
             seed=self.sampler.seed,
-            logprobs=tuple(self._logprobs) if self.sampler.params.logprobs is not None else None,
+            logprobs=None if self.sampler.params.logprobs is None else tuple(transcript.logprobs),
             error=f"{type(error).__name__}: {error}" if error else None,
             candidates=self.candidates,
         )
@@ -343,99 +417,44 @@ class Task:
     # ---- inside ----
 
     @property
-    def allowance_left(self) -> bool:
-        params = self.sampler.params
-        over = params.max_tokens is not None and len(self._authors) >= params.max_tokens
-        return not over and self.sequence.room > 0
+    def _may_go_on(self) -> bool:
+        limit = self.sampler.params.max_tokens
+        return self.sequence.room > 0 and (limit is None or len(self.transcript) < limit)
 
-    @property
-    def _open(self) -> _OpenStep:
-        if self._step is None:
-            raise PolicyError("a strategy committed tokens outside a step; call open_step() first")
-        return self._step
+    def _run_through(
+        self, ids: Seq[int], slice: str
+    ) -> Generator[Verb, Any, tuple[list[float], list[Logprobs]]]:
+        """Run and keep ids that were written elsewhere.
 
-    def _fit(self, ids: Seq[int]) -> int:
-        """How many of these ids to keep: up to and with the first that ends generation."""
-        params = self.sampler.params
-        ends = frozenset() if params.ignore_eos else self.codec.end_ids
-        ends |= frozenset(params.stop_token_ids)
-        before = self.generated if params.stop else []
-        for count, token in enumerate(ids, 1):
-            if len(self._authors) + count <= params.min_tokens and not params.max_tokens:
-                continue
-            if token in ends:
-                self.finish_reason = "stop"
-                return count
-            if params.stop:
-                text = self.codec.decode([*before, *ids[:count]]) or ""
-                found = [i for i in (text.find(stop) for stop in params.stop) if i >= 0]
-                if found:
-                    self._cut = min(found)
-                    self.finish_reason = "stop"
-                    return count
-        return len(ids)
+        Their log-probabilities under the slice, and what `SamplingParams.logprobs` asks for.
+        """
+        found: list[float] = []
+        entries: list[Logprobs] = []
+        wanted, longest = self.sampler.params.logprobs, self.sequence.cache.max_draft
+        for chunk in (ids[i : i + longest] for i in range(0, len(ids), longest)):
+            yield Propose(chunk)
+            table = yield Verify(slice)
+            found += logprobs_of(chunk, table)
+            if wanted is not None:
+                entries += (likeliest(r, i, wanted) for r, i in zip(table, chunk, strict=False))
+            yield Commit(len(chunk))
+        return found, entries
 
-    def _record_logprobs(self, ids: Seq[int]) -> None:
-        wanted = self.sampler.params.logprobs or 0
-        for token, row in zip(ids, self.sequence.rows, strict=False):
-            table = row.log_softmax(0)
-            top = table.topk(wanted) if wanted else None
-            entry = dict(zip(top.indices.tolist(), top.values.tolist(), strict=True)) if top else {}
-            entry[token] = float(table[token])
-            self._logprobs.append(entry)
+    def _tail(self, count: int) -> list[int]:
+        """The last committed ids."""
+        return [*self.prompt_ids[-count:], *self.transcript.ids[-count:]][-count:]
+
+    def _stale(self, slice: str) -> int:
+        """Tokens that a verifying pass of a slice runs again before it starts."""
+        sequence, writer = self.sequence, self.sequence.model.slice_index(slice)
+        if sequence.consistency != "exact" or not is_stale(sequence, writer):
+            return 0
+        return sequence.length - 1 - repair_start(sequence, writer)
 
     def _announce(self, writer: str) -> None:
         if self._writer is not None and writer != self._writer:
             self.events.append(SliceChanged(self._writer, writer))
         self._writer = writer
 
-    def _text_of(self, start: int, end: int) -> str | None:
-        """Text of generated tokens [start, end), without the final end token or stop string."""
-        if self.codec.tokenizer is None:
-            return None
-        ids = self.generated
-        if end == len(ids) and ids and ids[-1] in self.codec.end_ids:
-            end -= 1
-        before = self.codec.decode(ids[:start]) or ""
-        through = self.codec.decode(ids[:end]) or ""
-        return through[: self._cut][len(before) :]
-
-    def _parts(self, text: str | None) -> tuple[str | None, str | None]:
-        """Reasoning and answer of the generated text."""
-        if text is None:
-            return None, None
-        if self.codec.end_think_id is None:
-            return "", text.strip()
-        tag = "</think>"
-        head, found, tail = text.rpartition(tag)
-        if found:
-            return head.removeprefix("<think>").strip("\n"), tail.strip()
-        if self.phase == "thinking":
-            return text.removeprefix("<think>").strip("\n"), ""
-        return "", text.strip()
-
-
-def logprobs_of(ids: Seq[int], table: Tensor) -> list[float]:
-    """Natural-log probability of each id under its row of logits [at least len(ids), V]."""
-    chosen = torch.tensor(ids, device=table.device)[:, None]
-    picked: list[float] = table[: len(ids)].log_softmax(-1).gather(1, chosen)[:, 0].tolist()
-    return picked
-
-
-def decide(policy: Policy, scores: StepScores) -> Accept | Rewrite:
-    """Ask a policy; whatever it does wrong becomes a PolicyError of this request alone."""
-    try:
-        decision = policy.decide(scores)
-    except Exception as error:
-        raise PolicyError(f"policy {policy!r} raised {type(error).__name__}: {error}") from error
-    if not isinstance(decision, (Accept, Rewrite)):
-        raise PolicyError(
-            f"policy {policy!r} returned {decision!r}; "
-            "decisions are Accept() and Rewrite(start=...)"
-        )
-    if isinstance(decision, Rewrite) and decision.start >= len(scores.logprobs):
-        raise PolicyError(
-            f"policy {policy!r} wants to keep {decision.start} tokens and rewrite the rest of a "
-            f"step of {len(scores.logprobs)}"
-        )
-    return decision
+    def _hand_out_steps(self) -> None:
+        self.events += map(StepCommitted, self.log.hand_out(finished=self.finished))

@@ -44,6 +44,7 @@ class Verify:
     """Outcome: logits [k + 1, V] over the drafted ids."""
 
     slice: str
+    repair: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class Commit:
     """Outcome: None."""
 
     n: int
+    bonus: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

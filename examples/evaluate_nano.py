@@ -30,7 +30,7 @@ from cascade.results import Result, Step
 from cascade.strategies.base import Roles, Strategy
 from cascade.strategies.single import Single
 from cascade.task import Task
-from cascade.verbs import Run, Verify
+from cascade.verbs import Run
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -50,7 +50,7 @@ class Handoff(Strategy):
         while not task.finished:
             task.open_step()
             yield from task.write(64, self.reader)
-            task.close_step("written", self.reader, self.reader)
+            task.close_step("written")
 
 
 class ScoreOneStep(Strategy):
@@ -63,11 +63,10 @@ class ScoreOneStep(Strategy):
     def run(self, task: Task, roles: Roles) -> Run:
         yield from task.prefill(self.writer)
         task.open_step()
-        ids = yield from task.propose(64, self.draft)
-        table = yield Verify(self.verify)
-        task.scores(self.draft, self.verify, table)
-        yield from task.commit(len(ids), self.draft, drafted=True)
-        task.close_step("accept", self.draft, self.draft)
+        draft = yield from task.propose(64, self.draft, self.verify)
+        yield from task.rate(draft, self.verify)
+        yield from task.commit(len(draft.ids), self.draft, drafted=True)
+        task.close_step("accept", self.draft)
         task.finish_reason = "stop"
 
 
@@ -156,7 +155,7 @@ class Evaluation:
         Half-way is often inside a number, and what the writer would have written next is in its
         state, right or wrong; `at_line` cuts at the last end of a line before.
         """
-        newlines = self.exact.codec.boundaries("\n") - self.exact.codec.end_ids
+        newlines = self.exact.codec.closers("\n") - self.exact.codec.end_ids
         heads = []
         for prompt, result in zip(prompts, alone[writer], strict=True):
             head = list(result.token_ids[: len(result.token_ids) // 2])

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cascade.cli import app, main
+from cascade.policies import Always, Rewrite, save
 
 runner = CliRunner()
 
@@ -46,6 +47,22 @@ def test_run_as_json_is_one_object() -> None:
 def test_run_reads_a_prompt_from_standard_input() -> None:
     result = runner.invoke(app, ["run", "-", "--json"], input="57 + 87 + 70")
     assert json.loads(result.output)["answer"] == "214"
+
+
+@pytest.mark.parametrize("strategy", ["single", "speculative", "stepwise", "budget", "explore"])
+def test_run_takes_every_strategy(strategy: str) -> None:
+    data = json.loads(cascade("run", "57 + 87 + 70", "--strategy", strategy, "--json"))
+    assert data["answer"] == "214"
+
+
+def test_run_takes_a_policy_by_name_or_from_a_file(tmp_path: Path) -> None:
+    gate = json.loads(cascade("run", "57 + 87 + 70", "--policy", "gate", "--json"))
+    assert gate["usage"]["unverified"] > 0
+    for name in ("always.yaml", "always.json"):
+        file = tmp_path / name
+        save(Always(decision=Rewrite()), file)
+        data = json.loads(cascade("run", "57 + 87 + 70", "--policy", str(file), "--json"))
+        assert {step["decision"] for step in data["steps"]} == {"rewrite"}
 
 
 def test_inspect_lists_layers_slices_and_cache_bytes() -> None:
@@ -95,6 +112,9 @@ def test_audit_says_that_the_cache_is_consistent() -> None:
         (["run", "1 + 1", "--strategy", "stepwize"], "did you mean 'stepwise'"),
         (["run", ""], "empty"),
         (["run", "1 + 1", "--threshold", "3"], "between 0 and 1"),
+        (["run", "1 + 1", "--threshold", "0.5", "--policy", "gate"], "give one of them"),
+        (["run", "1 + 1", "--policy", "gats"], "did you mean 'gate'"),
+        (["run", "1 + 1", "--policy", "/no/such/file.json"], "/no/such/file.json"),
         (["run", "1 + 1", "--top-p", "7"], "top_p"),
         (["export", "huge", "/tmp/never"], "Known"),
     ],

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from cascade import Reasoner, SamplingParams
 from cascade.errors import PolicyError, PromptTooLong, RequestError, SliceError
 from cascade.events import Done, StepCommitted
 from cascade.policies import Accept, Policy, Rewrite, StepScores, Threshold
-from cascade.strategies import Single, Stepwise
+from cascade.strategies import Budget, Single, Speculative, Stepwise
 
 QUESTION = "State the final answer to the following arithmetic problem: 57 + 87 + 70 ="
 QUESTIONS = [
@@ -83,6 +84,10 @@ def test_a_list_keeps_its_order_and_equals_one_by_one(reasoner: Reasoner) -> Non
     together = reasoner.generate(QUESTIONS)
     for question, result in zip(QUESTIONS, together, strict=True):
         assert result.token_ids == reasoner.generate(question).token_ids
+
+
+def test_no_prompts_have_no_results(reasoner: Reasoner) -> None:
+    assert reasoner.generate([]) == []
 
 
 def test_a_seed_gives_the_same_tokens_alone_and_in_a_batch(reasoner: Reasoner) -> None:
@@ -282,6 +287,19 @@ def test_results_are_json(reasoner: Reasoner) -> None:
         ({"prompt": QUESTION, "strategy": "stepwize"}, "did you mean 'stepwise'"),
         ({"prompt": QUESTION, "thinking_token_budget": 50, "max_tokens": 10}, "max_tokens"),
         ({"prompt": QUESTION, "max_tokens": 5, "max_new_tokens": 5}, "same setting"),
+        ({"prompt": QUESTION, "presence_penalty": 3}, "presence_penalty"),
+        ({"prompt": QUESTION, "logit_bias": {999: 1}}, "token id 999"),
+        ({"prompt": QUESTION, "logit_bias": dict.fromkeys(range(128), -math.inf)}, "forbid every"),
+        ({"prompt": QUESTION, "best_of": 2}, "unknown sampling parameter 'best_of'"),
+        ({"prompt": QUESTION, "policy": "treshold"}, "did you mean 'threshold'"),
+        ({"prompt": QUESTION, "policy": 3}, "a policy is a name"),
+        ({"prompt": QUESTION, "policy": {"kind": "threshold", "probability": 7}}, "probability=7"),
+        ({"prompt": QUESTION, "strategy": 3}, "a strategy is a name"),
+        ({"prompt": QUESTION, "strategy": Stepwise(draft="large", verify="small")}, "swap them"),
+        ({"prompt": QUESTION, "strategy": Speculative(draft="large", verify="medium")}, "swap"),
+        ({"prompt": QUESTION, "strategy": Budget(budget=50), "max_tokens": 10}, "budget=50"),
+        ({"prompt": [QUESTION] * 2, "params": [SamplingParams()]}, "2 prompts, but 1"),
+        ({"prompt": QUESTION, "params": {"temperature": 1}}, "params must be SamplingParams"),
     ],
 )
 def test_bad_input_raises_before_any_work(
@@ -319,6 +337,15 @@ def test_generation_ends_where_the_cache_ends(reasoner: Reasoner) -> None:
 def test_a_strategy_object_overrides_slices_and_policy(reasoner: Reasoner) -> None:
     result = reasoner.generate(QUESTION, strategy=Stepwise(draft="medium", policy=Keep()))
     assert set(result.usage.by_slice) == {"medium"}
+
+
+def test_a_policy_is_named_or_stored(reasoner: Reasoner) -> None:
+    stored = {"kind": "threshold", "score": "mean", "probability": 0.9}
+    by_object = reasoner.generate(QUESTION, policy=Threshold(score="mean", probability=0.9))
+    assert reasoner.generate(QUESTION, policy=stored).token_ids == by_object.token_ids
+    assert reasoner.generate(QUESTION, policy="gate").usage.unverified > 0
+    named = Reasoner(reasoner.model, policy="always", max_batch=1, max_length=384)
+    assert named.roles.policy.kind == "always"  # type: ignore[attr-defined]
 
 
 def test_params_survive_a_copy(reasoner: Reasoner) -> None:

@@ -53,7 +53,7 @@ class Gathering(Strategy):
         while not task.finished:
             task.open_step()
             yield from task.write(64, roles.verify)
-            task.close_step("written", roles.verify, roles.verify)
+            task.close_step("written")
 
     def _child(self, child: Task, number: int, roles: Roles) -> Run:
         if self.nested:
@@ -61,7 +61,7 @@ class Gathering(Strategy):
         for _ in range(number + 1):
             child.open_step()
             yield from child.write(3, roles.draft)
-            child.close_step("written", roles.draft, roles.draft)
+            child.close_step("written")
             if number == self.failing:
                 raise ValueError(f"child {number} fails")
 
@@ -75,12 +75,12 @@ class Patched(Strategy):
         yield from task.prefill(roles.draft)
         task.open_step()
         yield from task.write(12, roles.draft)
-        task.close_step("written", roles.draft, roles.draft)
+        task.close_step("written")
         yield from task.refresh(roles.verify, self.last)
         while not task.finished:
             task.open_step()
             yield from task.write(64, roles.verify)
-            task.close_step("written", roles.verify, roles.verify)
+            task.close_step("written")
 
 
 def test_a_strategy_may_refresh_the_last_tokens_alone(reasoner: Reasoner) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence as Seq
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from cascade.strategies.base import Roles, Strategy
+from cascade.errors import RequestError
+from cascade.strategies.base import Roles, Setting, Strategy
 from cascade.task import Task
-from cascade.verbs import Draft, Run
+from cascade.verbs import Run
 
 SENTENCE_END = re.compile(r"[.!?][\"')\]]*$")
 
@@ -26,12 +27,19 @@ class Budget(Strategy):
             for checkpoints that were trained for it
     """
 
+    slice_fields: ClassVar[tuple[str, ...]] = ("think", "answer")
+
     think: str | None = None
     answer: str | None = None
     budget: Annotated[int, Field(ge=0)] | None = None
     slack: Annotated[int, Field(ge=0)] = 16
     switch: Literal["exact", "shared"] = "exact"
-    max_step_tokens: Annotated[int, Field(ge=1)] = 64
+
+    def check(self, setting: Setting) -> None:
+        super().check(setting)
+        limit = setting.params.max_tokens
+        if self.budget is not None and limit is not None and self.budget > limit:
+            raise RequestError(f"Budget(budget={self.budget}) is beyond max_tokens={limit}")
 
     def run(self, task: Task, roles: Roles) -> Run:
         thinker, answerer = self.think or roles.draft, self.answer or roles.verify
@@ -45,7 +53,7 @@ class Budget(Strategy):
         while not task.finished:
             task.open_step()
             yield from task.write(self.max_step_tokens, answerer)
-            task.close_step("written", answerer, answerer)
+            task.close_step("written")
 
     def _think(self, task: Task, slice: str) -> Run:
         """One step of the thought, or its end."""
@@ -58,10 +66,10 @@ class Budget(Strategy):
             return
         task.open_step()
         room = task.allowance(self.max_step_tokens if left is None else left)
-        ids = yield Draft(min(room, self.max_step_tokens), slice, task.boundaries)
-        ended = 0 if not near or ids[-1] in task.boundaries else last_sentence_end(task, ids)
+        ids = yield from task.continue_step(min(room, self.max_step_tokens), slice)
+        ended = 0 if not near or task.ends_step(ids) else last_sentence_end(task, ids)
         yield from task.commit(ended or len(ids), slice)
-        task.close_step("written", slice, slice)
+        task.close_step("written")
         if ended and not task.finished:
             yield from task.end_thinking(slice)
 

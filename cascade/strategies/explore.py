@@ -12,7 +12,7 @@ from pydantic import Field
 from cascade.results import Candidate
 from cascade.strategies.base import Roles, Strategy
 from cascade.task import Task
-from cascade.verbs import Gather, Run, Verify
+from cascade.verbs import Gather, Run
 
 
 class Explore(Strategy):
@@ -41,7 +41,6 @@ class Explore(Strategy):
     enough: Annotated[float, Field(gt=0, le=1)] | None = 0.5
     temperature: Annotated[float, Field(gt=0)] = 0.7
     plan_steps: Annotated[int, Field(ge=0)] = 0
-    max_step_tokens: Annotated[int, Field(ge=1)] = 64
 
     @property
     def slots(self) -> int:
@@ -52,13 +51,13 @@ class Explore(Strategy):
         return self.choose != "majority"
 
     def run(self, task: Task, roles: Roles) -> Run:
-        small, large = self.draft or roles.draft, self.verify or roles.verify
+        small, large = self.pair(roles)
         yield from task.prefill(large if self.judged or self.plan_steps else small)
         for _ in range(self.plan_steps):
             if task.phase == "thinking" and not task.finished:
                 task.open_step()
                 yield from task.write(self.max_step_tokens, large)
-                task.close_step("written", large, large)
+                task.close_step("written")
         while not task.finished:
             if task.thinking_is_over_budget:
                 yield from task.end_thinking(large if self.judged else small)
@@ -90,17 +89,17 @@ class Explore(Strategy):
                 continue
             child.open_step()
             yield from child.write(self.max_step_tokens, small)
-            child.close_step("written", small, small)
+            child.close_step("written")
         if self.judged:
-            self._rate(child, (yield from child.judge(start, large)))
+            self._rate(child, (yield from child.rerun(start, large)))
 
     def _step(self, child: Task, start: int, small: str, large: str) -> Run:
         """Write one step under the small slice and judge it."""
         child.open_step()
-        ids = yield from child.propose(self.max_step_tokens, small)
-        scores = child.scores(small, large, (yield Verify(large)))
-        yield from child.commit(len(ids), small)
-        child.close_step("accept", small, small)
+        draft = yield from child.propose(self.max_step_tokens, small, large)
+        scores = yield from child.rate(draft, large)
+        yield from child.commit(len(draft.ids), small)
+        child.close_step("accept", small)
         self._rate(child, scores.logprobs)
 
     def _rate(self, child: Task, logprobs: Seq[float]) -> None:

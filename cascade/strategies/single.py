@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import Field
+from typing import ClassVar
 
 from cascade.strategies.base import Roles, Strategy
 from cascade.task import Task
@@ -14,8 +12,9 @@ from cascade.verbs import Run
 class Single(Strategy):
     """Generate with one slice, the verifying one unless named."""
 
+    slice_fields: ClassVar[tuple[str, ...]] = ("slice",)
+
     slice: str | None = None
-    max_step_tokens: Annotated[int, Field(ge=1)] = 64
 
     def run(self, task: Task, roles: Roles) -> Run:
         slice = self.slice or roles.verify
@@ -26,4 +25,4 @@ class Single(Strategy):
                 continue
             task.open_step()
             yield from task.write(self.max_step_tokens, slice)
-            task.close_step("written", slice, slice)
+            task.close_step("written")
