@@ -21,7 +21,7 @@ from cascade.kernels import reference
 from cascade.sampling import SamplingParams
 from cascade.sequence import MODES, Consistency, Sequence
 from cascade.shapes import SHAPES
-from cascade.strategies import Explore, Single
+from cascade.strategies import Explore, Single, Speculative
 from tests.nested import Replay, elastic, parent
 from tests.test_sequence import PROMPT, TOLERANCE, replay_logits, same
 
@@ -439,6 +439,11 @@ def test_a_reasoner_allocates_what_it_takes_and_answers_as_large_alone() -> None
     together = reasoner.generate(prompts)
     alone = reasoner.generate(prompts, strategy=Single(slice="large"))
     assert [r.token_ids for r in together] == [r.token_ids for r in alone]
+    for settings in ({}, {"temperature": 0.8, "seed": 5}):
+        speculated = reasoner.generate(prompts, strategy=Speculative(draft_tokens=4), **settings)
+        alone = reasoner.generate(prompts, strategy=Single(slice="large"), **settings)
+        assert [r.token_ids for r in speculated] == [r.token_ids for r in alone]
+        assert all(r.usage.accepted > 0 for r in speculated)
     assert all(r.usage.by_slice["small"] > 0 and r.metrics.passes["small"] > 0 for r in together)
     assert reasoner.audit(prompts[0]).ok
     best = reasoner.generate(prompts[0], strategy=Explore(drafts=2), seed=3)
