@@ -114,3 +114,12 @@ class Architecture:
         """Bytes of journal that `entries` uncommitted tokens of one sequence take, all layers."""
         channels = self.conv_channels + self.scanned_channels
         return self.num_mamba * entries * (channels * dtype.itemsize + self.heads * 4)
+
+    def slot_bytes(self, length: int, drafted: int, dtype: torch.dtype) -> int:
+        """Bytes of a whole slot for `length` tokens with `drafted` of them not committed.
+
+        A sequence takes one, with draft_cache="own" two. States are fp32.
+        """
+        tokens = length * (self.bytes_per_token(dtype) + 1)  # and a byte of provenance
+        journal = self.journal_bytes(drafted + 1, dtype)
+        return tokens + self.state_bytes() + self.window_bytes(dtype) + journal

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cascade.chain import draft_greedily
+from cascade.companion import cross, drafting
 from cascade.errors import CapacityExceeded, NumericalError, RequestError, SequenceError
 from cascade.passes import (
     complete_entries,
@@ -23,12 +24,14 @@ from cascade.passes import (
     extend,
     fold_resident,
     is_stale,
+    promise,
     repair,
     repair_last,
     repair_start,
     restoring,
     run_long,
     settle,
+    waits,
 )
 from cascade.passes import verify as run_scored
 from cascade.sampling import Sampler, SamplingParams
@@ -108,7 +111,18 @@ class Batch:
             if count < 0:
                 raise RequestError(f"cannot draft {count} ids")
             _check_draft(sequence, count)
-        settle(self.sequences)
+        drafters = drafting(self.sequences, wanted, writer)
+        with restoring(self.sequences):
+            drafted = Batch(drafters)._draft(wanted, slice, samplers, stops)
+            for sequence, drafter, new in zip(self.sequences, drafters, drafted, strict=True):
+                cross(sequence, drafter, new)
+            return drafted
+
+    def _draft(
+        self, wanted: list[int], slice: str, samplers: list[Sampler], stops: frozenset[int]
+    ) -> list[list[int]]:
+        """The loop of `draft`, each row in the sequence whose cache the slice reads."""
+        writer = self.model.slice_index(slice)
         before = [len(s._drafted) for s in self.sequences]
         with restoring(self.sequences):
             active = [r for r, count in enumerate(wanted) if count > 0]
@@ -187,13 +201,16 @@ class Batch:
                 raise SequenceError("nothing to continue: append a prompt before a bonus token")
             _check_room(sequence, count + len(extra))
             added.append([*sequence._drafted[:count], *extra])
-        settle(self.sequences)
+        pairs = zip(self._zip(added), counts, strict=True)
+        late = [s for (s, new), count in pairs if waits(s, new, count)]
+        settle([s for s in self.sequences if s not in late])
         with restoring(self.sequences):
             for sequence, count in self._zip(counts):
                 # Entries of rejected ids count no longer; a bonus token has none.
                 kept = sequence.length - sequence.slot.folded + count
                 sequence.slot.entries = min(sequence.slot.entries, kept)
-            growing = [(s, new) for s, new in self._zip(added) if new]
+            promise([(s, new) for s, new in self._zip(added) if new and s in late])
+            growing = [(s, new) for s, new in self._zip(added) if new and s not in late]
             complete_entries(growing)
             fold_resident(growing)
             for (sequence, new), count in zip(self._zip(added), counts, strict=True):

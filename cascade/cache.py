@@ -20,13 +20,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from cascade.architecture import Architecture
-from cascade.errors import CacheFull, RequestError
+from cascade.errors import CacheFull, RequestError, unknown
 from cascade.threads import threads_for
+
+DraftCache = Literal["shared", "own"]
+DRAFT_CACHES: tuple[DraftCache, ...] = ("shared", "own")
 
 
 class Journal:
@@ -124,6 +128,9 @@ class Cache:
 
     keys, values [La, S, M, kv_heads, D]; window [Lm, S, K - 1, C]; state [Lm, S, H, P, N];
     provenance [S, M] int8, the index of the slice that wrote a folded position, -1 where none did.
+
+    With draft_cache="own" there are as many slots again behind those: slot `max_batch + i` is the
+    draft slice's own for the sequence in slot i.
     """
 
     arch: Architecture
@@ -135,6 +142,7 @@ class Cache:
     dtype: torch.dtype
     state_dtype: torch.dtype
     kernels: ModuleType
+    draft_cache: DraftCache = "shared"
     keys: Tensor = field(init=False, repr=False)
     values: Tensor = field(init=False, repr=False)
     window: Tensor = field(init=False, repr=False)
@@ -152,7 +160,9 @@ class Cache:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise RequestError(f"{name}={value!r} of a cache must be an integer of at least 1")
-        arch, slots = self.arch, self.max_batch
+        if self.draft_cache not in DRAFT_CACHES:
+            raise RequestError(unknown("draft_cache", self.draft_cache, DRAFT_CACHES))
+        arch, slots = self.arch, self.num_slots
         kv = (arch.num_attention, slots, self.max_length, arch.kv_heads, arch.attention_dim)
         self.keys = torch.zeros(kv, device=self.device, dtype=self.dtype)
         self.values = torch.zeros(kv, device=self.device, dtype=self.dtype)
@@ -165,11 +175,18 @@ class Cache:
         )
         # One entry for the last committed token, one per drafted token.
         self.journal = Journal(arch, slots, self.max_draft + 1, self.device, self.dtype)
-        self._free = list(reversed(range(slots)))
+        self._free = list(reversed(range(self.max_batch)))
+
+    @property
+    def num_slots(self) -> int:
+        return self.max_batch * (2 if self.draft_cache == "own" else 1)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all slots, journal included."""
+        """Bytes of all slots, journal and the draft slices' own included.
+
+        The state that rollback restarts from comes on top, one a slot once it holds 256 tokens.
+        """
         parts = (self.keys, self.values, self.window, self.state, self.provenance)
         return sum(part.nbytes for part in (*parts, *self.journal.tensors()))
 
@@ -184,14 +201,38 @@ class Cache:
                 f"all {self.max_batch} slots of the cache are in use: close a sequence, "
                 "or build the cache with a larger max_batch"
             )
-        index = self._free[-1]
+        self._empty(self._free[-1])
+        return Slot(self._free.pop())
+
+    def companion_slot(self, slot: Slot) -> Slot:
+        """The draft slice's own slot beside `slot`, before the first token.
+
+        Raises RequestError where the cache was built without.
+        """
+        self.check_draft_cache("own")
+        companion = Slot(self.max_batch + slot.index)
+        self._empty(companion.index)
+        self.forget(companion, 0)  # what was there may have failed
+        return companion
+
+    def check_draft_cache(self, wanted: DraftCache) -> None:
+        """Raises RequestError where a sequence cannot have the draft cache it asks for."""
+        if wanted not in DRAFT_CACHES:
+            raise RequestError(unknown("draft_cache", wanted, DRAFT_CACHES))
+        if wanted == "own" and self.draft_cache != "own":
+            raise RequestError(
+                "this cache has no slots for draft slices; build it with "
+                'model.cache(draft_cache="own")'
+            )
+
+    def release(self, slot: Slot) -> None:
+        if slot.index < self.max_batch:  # a companion's stays with the slot it is beside
+            self._free.append(slot.index)
+
+    def _empty(self, index: int) -> None:
         self.window[:, index] = 0
         self.state[:, index] = 0
         self.provenance[index] = -1
-        return Slot(self._free.pop())
-
-    def release(self, slot: Slot) -> None:
-        self._free.append(slot.index)
 
     def forget(self, slot: Slot, start: int) -> None:
         """Drop the journal's entries, and zero K and V from position `start` on.

@@ -75,9 +75,12 @@ def _first(lines: list[_Line], writer: int, decoder: Decoder) -> list[_Picked]:
     fresh: list[_Line] = []
     for line in lines:
         sequence = line.sequence
-        if sequence.slot.entry_slice != writer:
+        slot = sequence.slot
+        if slot.entry_slice != writer:
             sequence._rows = []
-        (fresh if len(sequence._rows) <= len(sequence._drafted) else known).append(line)
+        # Rows outlive their entries where a verb has failed: the next step reads the entries.
+        all_run = sequence.length - slot.folded + len(sequence._drafted) <= slot.usable(writer)
+        (known if all_run else fresh).append(line)
     found = []
     if known:
         rows = torch.stack([x.sequence._rows[len(x.sequence._drafted)] for x in known])

@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Option("--model", "-m", help="nano, a directory, or a Hub id")]
+DraftCache = Annotated[str, typer.Option(help="own where slices cannot share (audit --handoff)")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead")]
 
@@ -54,6 +55,7 @@ def run(
     seed: Annotated[Optional[int], typer.Option()] = None,  # noqa: UP045
     max_tokens: Annotated[Optional[int], typer.Option()] = None,  # noqa: UP045
     thinking_budget: Annotated[Optional[int], typer.Option(help="most thinking tokens")] = None,  # noqa: UP045
+    draft_cache: DraftCache = "shared",
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -62,9 +64,8 @@ def run(
     from cascade.strategies import resolve
 
     chosen, way = _policy(policy, threshold), resolve(strategy)
-    reasoner = _load(
-        model, draft=draft, verify=verify, strategy=way, device=device, max_batch=way.slots
-    )
+    roles = {"draft": draft, "verify": verify, "strategy": way}
+    reasoner = _load(model, **roles, device=device, max_batch=way.slots, draft_cache=draft_cache)
     console = _console()
     printer = StepPrinter(console, list(reasoner.model.slices))
     text = sys.stdin.read() if prompt == "-" else prompt
@@ -166,6 +167,8 @@ def inspect(
 
 
 def _facts(model: Any) -> dict[str, Any]:
+    from cascade.render import sequence_bytes
+
     arch = model.arch
     return {
         "name": model.name,
@@ -175,6 +178,7 @@ def _facts(model: Any) -> dict[str, Any]:
         "cache_bytes_per_token": arch.bytes_per_token(model.dtype),
         "state_bytes_per_sequence": arch.state_bytes(),
         "window_bytes_per_sequence": arch.window_bytes(model.dtype),
+        "sequence_bytes": sequence_bytes(model),
     }
 
 
@@ -206,6 +210,7 @@ def audit(
         typer.Option(help="largest relative deviation allowed; unless given, what rounding does"),
     ] = None,
     max_tokens: Annotated[int, typer.Option()] = 128,
+    draft_cache: DraftCache = "shared",
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -219,7 +224,7 @@ def audit(
     from cascade.errors import RequestError
     from cascade.render import audit_table
 
-    reasoner = _load(model, device=device, max_batch=1)
+    reasoner = _load(model, device=device, max_batch=1, draft_cache=draft_cache)
     if handoff:
         _audit_handoffs(reasoner, prompts, as_json)
         return

@@ -106,7 +106,7 @@ class Decoder:
         self._arena: Arena | None = None
         self._captured: OrderedDict[tuple[int, int, int], Captured] = OrderedDict()
         self._pool: Any = None
-        self.latest = torch.zeros(cache.max_batch, dtype=torch.int64, device=cache.device)
+        self.latest = torch.zeros(cache.num_slots, dtype=torch.int64, device=cache.device)
 
     def holds(self, rows: int, length: int) -> bool:
         return bucket_of_rows(rows) * bucket_of_length(length) <= MOST_TOKENS

@@ -11,7 +11,7 @@ import torch
 
 from cascade import checkpoint, kernels
 from cascade.architecture import Architecture
-from cascade.cache import Cache
+from cascade.cache import Cache, DraftCache
 from cascade.errors import SequenceError, SliceError, unknown
 from cascade.graphs import GraphRunner
 from cascade.runner import Runner
@@ -60,7 +60,7 @@ class ElasticModel:
         self._decay = torch.stack(
             [layer.mixer.decay for layer in weights.layers if isinstance(layer.mixer, MambaWeights)]
         )
-        self._default_cache: Cache | None = None
+        self._default_caches: dict[DraftCache, Cache] = {}
 
     @classmethod
     def from_pretrained(
@@ -195,10 +195,13 @@ class ElasticModel:
         max_length: int | None = None,
         max_draft: int = DEFAULT_DRAFT,
         state_dtype: torch.dtype | None = None,
+        draft_cache: DraftCache = "shared",
     ) -> Cache:
         """Preallocate a cache for `max_batch` sequences of `max_length` tokens.
 
-        max_draft: the most ids that one sequence may have drafted and not committed.
+        max_draft:   the most ids that one sequence may have drafted and not committed
+        draft_cache: `own` lets sequences be opened with draft_cache="own" (see `Sequence`), beside
+                     others, and takes twice the memory
         """
         return Cache(
             arch=self.arch,
@@ -212,19 +215,30 @@ class ElasticModel:
             dtype=self.dtype,
             state_dtype=state_dtype or torch.float32,
             kernels=self.kernels,
+            draft_cache=draft_cache,
         )
 
     def sequence(
-        self, *, cache: Cache | None = None, consistency: Consistency = "exact"
+        self,
+        *,
+        cache: Cache | None = None,
+        consistency: Consistency = "exact",
+        draft_cache: DraftCache = "shared",
     ) -> Sequence:
-        """Open a sequence in a slot of `cache`, or of this model's own default cache."""
+        """Open a sequence in a slot of `cache`, or of a default cache of this model.
+
+        consistency, draft_cache: what the cache promises; see `Sequence`
+
+        Raises CacheFull where no slot is left, RequestError for an unknown mode or a cache without
+        slots for draft slices, SequenceError for a cache of another model.
+        """
         if cache is None:
-            if self._default_cache is None:
-                self._default_cache = self.cache()
-            cache = self._default_cache
+            if draft_cache not in self._default_caches:
+                self._default_caches[draft_cache] = self.cache(draft_cache=draft_cache)
+            cache = self._default_caches[draft_cache]
         elif cache.decay is not self._decay:
             raise SequenceError("this cache was built by another model")
-        return Sequence(self, cache, consistency)
+        return Sequence(self, cache, consistency, draft_cache)
 
     def __repr__(self) -> str:
         return (

@@ -104,7 +104,7 @@ def run_long(
             feeds.append(Feed(slot.index, source, slot.folded, 0, chunk))
             folds.append(Fold(slot, source, len(chunk) - kept, writer, kept))
         hidden = model.runner.hidden(writer, cache, journal, feeds)
-        _check_finite(hidden, first, writer)
+        check_finite(hidden, first, writer)
         _fold(sequences, folds, journal)
         for r, feed, states in zip(active, feeds, hidden, strict=True):
             last[r] = states
@@ -140,7 +140,7 @@ def repair_last(sequence: Sequence, writer: int, start: int) -> int:
     """
     slot = sequence.slot
     sequence.cache.rewind(slot, start)
-    rebuild(sequence, start)
+    rebuild([sequence], [start])
     sequence._rows, slot.tail = [], writer
     ids = sequence._tokens[start : sequence.length - 1]
     run_committed([sequence], [ids], writer)
@@ -157,16 +157,20 @@ def repair_start(sequence: Sequence, writer: int) -> int:
     return sequence.cache.rewind_target(sequence.slot, sequence.slot.exact_length(writer))
 
 
-def rebuild(sequence: Sequence, end: int) -> None:
-    """Run committed tokens up to `end` into windows and states again, each under its writer."""
-    slot = sequence.slot
-    entry_slice = slot.entry_slice
-    writers = sequence.cache.provenance[slot.index, :end].tolist()
+def rebuild(sequences: Seq[Sequence], ends: Seq[int]) -> None:
+    """Run committed tokens up to `ends` into windows and states again, each under its writer."""
+    writers = [
+        s.cache.provenance[s.slot.index, :end].tolist() if s.slot.folded < end else []
+        for s, end in zip(sequences, ends, strict=True)
+    ]
+    last = [s.slot.entry_slice for s in sequences]
     try:
-        for stop in _span_ends(writers, slot.folded):
-            run_committed([sequence], [sequence._tokens[slot.folded : stop]], writers[stop - 1])
+        while spans := _next_spans(sequences, writers):
+            writer, rows = spans.popitem()
+            run_committed([s for s, _ in rows], [ids for _, ids in rows], writer)
     finally:
-        slot.entry_slice = entry_slice
+        for sequence, entry_slice in zip(sequences, last, strict=True):
+            sequence.slot.entry_slice = entry_slice
 
 
 def cut(sequence: Sequence, length: int) -> None:
@@ -175,28 +179,46 @@ def cut(sequence: Sequence, length: int) -> None:
     row = sequence.cache.provenance[slot.index]
     if slot.folded > keep:
         sequence.cache.rewind(slot, keep)
-    rebuild(sequence, keep)
+    rebuild([sequence], [keep])
     slot.tail = int(row[keep])
     row[keep:] = -1
     sequence._rows, sequence._tokens = [], sequence._tokens[:length]
 
 
 def settle(sequences: Seq[Sequence]) -> None:
-    """Bring windows and states to the committed length where a failed commit has left it."""
-    for sequence in sequences:
+    """Bring windows and states to the committed length.
+
+    They are elsewhere where a failed commit has left them, or where ids were committed that no
+    slice had run (`promise`).
+    """
+    off = [s for s in sequences if s.slot.folded != max(s.length - 1, 0)]
+    if not off:
+        return
+    for sequence in off:
         slot, cache, end = sequence.slot, sequence.cache, max(sequence.length - 1, 0)
         if slot.folded > end:
             with restoring([sequence], [cache.rewind_target(slot, end)]):
                 cache.rewind(slot, end)
-                rebuild(sequence, end)
-        elif slot.folded < end:
-            rebuild(sequence, end)
+    try:
+        rebuild(off, [max(s.length - 1, 0) for s in off])
+    except BaseException:
+        for sequence in off:  # what has been run so far stands
+            sequence.cache.forget(sequence.slot, sequence.slot.folded)
+        raise
 
 
-def _span_ends(writers: list[int], start: int) -> list[int]:
-    """Ends of the runs of equal writers from `start` on."""
-    changes = [i for i in range(start + 1, len(writers)) if writers[i] != writers[i - 1]]
-    return [*changes, len(writers)] if start < len(writers) else []
+def _next_spans(
+    sequences: Seq[Sequence], writers: Seq[list[int]]
+) -> dict[int, list[tuple[Sequence, list[int]]]]:
+    """By writer, the rows whose next tokens to run were its, with those tokens."""
+    spans: dict[int, list[tuple[Sequence, list[int]]]] = {}
+    for sequence, row in zip(sequences, writers, strict=True):
+        start = sequence.slot.folded
+        if start < len(row):
+            changes = (i for i in range(start, len(row)) if row[i] != row[start])
+            ids = sequence._tokens[start : next(changes, len(row))]
+            spans.setdefault(row[start], []).append((sequence, ids))
+    return spans
 
 
 @contextmanager
@@ -238,26 +260,48 @@ def complete_entries(growing: Seq[tuple[Sequence, list[int]]]) -> None:
     """
     missing: dict[int, list[tuple[Sequence, tuple[int, list[int]]]]] = {}
     for sequence, new in growing:
-        slot, needed = sequence.slot, _foldable(sequence, new)
+        slot, needed = sequence.slot, foldable(sequence, new)
         if slot.entries < needed:
             pending = [*sequence._tokens[slot.folded :], *new]
             feed = slot.entries, pending[slot.entries : needed]
             missing.setdefault(slot.entry_slice, []).append((sequence, feed))
     for writer, rows in missing.items():
         hidden = run([s for s, _ in rows], [feed for _, feed in rows], writer)
-        _check_finite(hidden, rows[0][0], writer)
+        check_finite(hidden, rows[0][0], writer)
 
 
-def _foldable(sequence: Sequence, new: list[int]) -> int:
+def foldable(sequence: Sequence, new: list[int]) -> int:
     """Tokens behind the folded ones that are folded when `new` is committed: all but the last."""
     return sequence.length - sequence.slot.folded + len(new) - 1
+
+
+def waits(sequence: Sequence, new: list[int], kept: int) -> bool:
+    """Whether a commit of `new` leaves what no slice has run until the next verb needs it.
+
+    kept: how many of `new` were drafted
+    """
+    slot, behind = sequence.slot, sequence.length - sequence.slot.folded
+    if sequence.draft_cache == "shared" or behind < 1:
+        return False
+    return not new or min(slot.entries, behind + kept) < foldable(sequence, new)
+
+
+@torch.no_grad()
+def promise(growing: Seq[tuple[Sequence, list[int]]]) -> None:
+    """Before a commit of (row, ids) that waits: the slice that ran last will have written them."""
+    if growing:
+        cache = growing[0][0].cache
+        rows, starts, counts, writers = cache.index(
+            *((s.slot.index, s.length - 1, len(new), s.slot.entry_slice) for s, new in growing)
+        )
+        cache.kernels.provenance_stamp(cache.provenance, rows, starts, counts, writers)
 
 
 def fold_resident(growing: Seq[tuple[Sequence, list[int]]]) -> None:
     """Fold the resident journal for a commit of (row, ids)."""
     folds = []
     for sequence, new in growing:
-        slot, count = sequence.slot, _foldable(sequence, new)
+        slot, count = sequence.slot, foldable(sequence, new)
         folds.append(Fold(slot, slot.index, count, slot.entry_slice, slot.entries > count))
     if folds:
         _fold([s for s, _ in growing], folds, growing[0][0].cache.journal)
@@ -302,9 +346,9 @@ def _fold(sequences: Seq[Sequence], folds: list[Fold], journal: Journal) -> None
         raise
 
 
-def _check_finite(hidden: Seq[Tensor], sequence: Sequence, writer: int) -> None:
+def check_finite(hidden: Seq[Tensor], sequence: Sequence, writer: int) -> None:
     if not bool(torch.cat(list(hidden)).isfinite().all()):
         name = list(sequence.model.slices)[writer]
         raise NumericalError(
-            f"slice {name!r} gave hidden states that are not finite; nothing was committed"
+            f"slice {name!r} gave numbers that are not finite; nothing was committed"
         )

@@ -17,6 +17,7 @@ import torch
 from cascade import scheduler, telemetry
 from cascade.admission import check_request, params_for, resolve_policy
 from cascade.audit import AuditReport
+from cascade.cache import DraftCache
 from cascade.errors import RequestError
 from cascade.events import Done, Event
 from cascade.model import ElasticModel
@@ -24,7 +25,7 @@ from cascade.policies import Calibrated, Policy, Target
 from cascade.results import Result
 from cascade.sampling import Sampler, SamplingParams, derive_seed
 from cascade.scheduler import Job, Outcome
-from cascade.sequence import Consistency
+from cascade.sequence import Consistency, check_consistency
 from cascade.strategies import Strategy, resolve
 from cascade.strategies.base import Roles, Setting, check_sizes
 from cascade.task import Task
@@ -63,14 +64,17 @@ class Reasoner:
         max_batch: int = DEFAULT_BATCH,
         max_length: int | None = None,
         consistency: Consistency = "exact",
+        draft_cache: DraftCache = "shared",
         think_tags: tuple[str, str] | None = None,
         chat_template: str | None = None,
         chat_options: Mapping[str, Any] | None = None,
     ) -> None:
+        check_consistency(consistency)
         self.model = model
         self.roles = Roles(draft or model.smallest, verify or model.largest, resolve_policy(policy))
         self.strategy = resolve(strategy)
         self.consistency: Consistency = consistency
+        self.draft_cache: DraftCache = draft_cache
         self.max_batch = max_batch
         check_sizes(model, self.roles.draft, self.roles.verify)
         if max_batch < 1:
@@ -82,7 +86,9 @@ class Reasoner:
             chat_template=chat_template,
             chat_options=chat_options,
         )
-        self.cache = model.cache(max_batch=max_batch, max_length=max_length)
+        self.cache = model.cache(
+            max_batch=max_batch, max_length=max_length, draft_cache=draft_cache
+        )
         self._memory: dict[Any, Any] = {}
         self._lock = threading.Lock()
         self._runner: int | None = None  # the thread whose call runs
@@ -101,6 +107,7 @@ class Reasoner:
         max_batch: int = DEFAULT_BATCH,
         max_length: int | None = None,
         consistency: Consistency = "exact",
+        draft_cache: DraftCache = "shared",
         think_tags: tuple[str, str] | None = None,
         chat_template: str | None = None,
         chat_options: Mapping[str, Any] | None = None,
@@ -114,6 +121,10 @@ class Reasoner:
         policy:        when to keep a drafted step: a `Policy`, its name or its stored settings;
                        `Threshold()` unless given
         max_batch, max_length: sequences at once, and tokens (prompt included) of each
+        consistency:   what the cache promises while slices take turns: `"exact"`, `"shared"` or
+                       `"refresh"` (see `Sequence`)
+        draft_cache:   `"own"` for checkpoints whose slices cannot read each other's cache
+                       (`handoff_report` measures it): twice the cache, see `Sequence`
         think_tags, chat_template, chat_options: in place of the tokenizer's own; see `Codec`
         load:          further arguments of `ElasticModel.from_pretrained`
         """
@@ -128,6 +139,7 @@ class Reasoner:
             max_batch=max_batch,
             max_length=max_length,
             consistency=consistency,
+            draft_cache=draft_cache,
             think_tags=think_tags,
             chat_template=chat_template,
             chat_options=chat_options,
@@ -172,7 +184,8 @@ class Reasoner:
         params:    `SamplingParams`, or one for each prompt of a list
         on_event:  called as things happen, with the number of the sample (prompts in their order,
                    `n` samples of each) and the event; what it raises ends the call
-        overrides: fields of `SamplingParams` by name, `temperature=0.7` for example
+        overrides: fields of `SamplingParams` by name, `temperature=0.7` for example; and
+                   `consistency`, in place of the Reasoner's own
 
         One prompt returns a `Result` and raises what went wrong. A list returns a list; a request
         that fails while it runs has `finish_reason="error"` and its `error`, the others go on.
@@ -440,7 +453,10 @@ class Reasoner:
         roles = self.roles
         if asked.policy is not None:
             roles = replace(roles, policy=resolve_policy(asked.policy))
-        each = params_for(len(prompts), asked.params, asked.overrides)
+        overrides = dict(asked.overrides)
+        consistency: Consistency = overrides.pop("consistency", self.consistency)
+        check_consistency(consistency)
+        each = params_for(len(prompts), asked.params, overrides)
         if any(params.n != each[0].n for params in each):
             raise RequestError("all prompts of one call need the same n")
         for params in {id(params): params for params in each}.values():
@@ -458,15 +474,23 @@ class Reasoner:
                     seed = derive_seed(seed, number if shared_seed else 0, sample)
                 ends = self.codec.end_ids | frozenset(params.stop_token_ids)
                 sampler = Sampler(params, seed, len(ids), ends)
-                start = self._starter(strategy, roles, sampler, text, ids)
+                start = self._starter(strategy, roles, sampler, text, ids, consistency)
                 jobs.append(Job(len(jobs), start, strategy.slots))
         return jobs
 
     def _starter(
-        self, strategy: Strategy, roles: Roles, sampler: Sampler, text: str | None, ids: list[int]
+        self,
+        strategy: Strategy,
+        roles: Roles,
+        sampler: Sampler,
+        text: str | None,
+        ids: list[int],
+        consistency: Consistency,
     ) -> Callable[[], tuple[Task, Run]]:
         def start() -> tuple[Task, Run]:
-            sequence = self.model.sequence(cache=self.cache, consistency=self.consistency)
+            sequence = self.model.sequence(
+                cache=self.cache, consistency=consistency, draft_cache=self.draft_cache
+            )
             task = Task(sequence, self.codec, sampler, text, ids, strategy.delimiter, self._memory)
             return task, strategy.run(task, roles)
 

@@ -12,7 +12,7 @@ from rich.text import Text
 from cascade.audit import AuditReport
 from cascade.events import Event
 from cascade.handoff import HandoffReport
-from cascade.model import ElasticModel
+from cascade.model import DEFAULT_DRAFT, DEFAULT_LENGTH, ElasticModel
 from cascade.results import Result
 from cascade.slices import format_bytes, format_count
 
@@ -112,8 +112,18 @@ def model_tables(model: ElasticModel) -> list[Table]:
     cache.add_row("SSM states, per sequence", format_bytes(arch.state_bytes()))
     cache.add_row("conv windows, per sequence", format_bytes(arch.window_bytes(model.dtype)))
     cache.add_row("journal, per drafted token", format_bytes(arch.journal_bytes(1, model.dtype)))
+    slots = sequence_bytes(model)
+    cache.add_row(f"one sequence of {slots['tokens']:,} tokens", format_bytes(slots["shared"]))
+    cache.add_row('the same with draft_cache="own"', format_bytes(slots["own"]))
     cache.add_row("weights, resident once for all slices", format_bytes(model.nbytes))
     return [layers, slices, cache]
+
+
+def sequence_bytes(model: ElasticModel) -> dict[str, int]:
+    """Bytes of one sequence of the default length, by draft cache."""
+    tokens = min(DEFAULT_LENGTH, model.arch.max_positions)
+    slot = model.arch.slot_bytes(tokens, DEFAULT_DRAFT, model.dtype)
+    return {"tokens": tokens, "shared": slot, "own": 2 * slot}
 
 
 def audit_table(report: AuditReport) -> Table:

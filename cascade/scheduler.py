@@ -60,7 +60,9 @@ class _Active:
     def kind(self) -> Kind:
         """Tasks of one kind can share a batch."""
         verb = self.verb
-        return type(verb), *(getattr(verb, name, None) for name in ("slice", "until", "repair"))
+        return type(verb), *(
+            getattr(verb, name, None) for name in ("slice", "until", "repair", "last")
+        )
 
 
 @dataclass(eq=False)
@@ -259,5 +261,5 @@ def _run_verbs(group: list[_Active]) -> list[Any]:
         case Rollback():
             batch.rollback([v.length for v in verbs])
         case Refresh():
-            return batch.refresh(verbs[0].slice)
+            return batch.refresh(verbs[0].slice, verbs[0].last)
     return [None] * len(group)

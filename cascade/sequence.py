@@ -16,7 +16,8 @@ from torch import Tensor
 
 from cascade.audit import AuditReport, audit
 from cascade.batch import Batch, TokenIds
-from cascade.cache import Cache, Slot
+from cascade.cache import Cache, DraftCache, Slot
+from cascade.digest import CacheDigest, digest
 from cascade.errors import RequestError, SequenceClosed, unknown
 from cascade.passes import settle
 from cascade.sampling import Sampler, SamplingParams
@@ -26,6 +27,12 @@ if TYPE_CHECKING:
 
 Consistency = Literal["exact", "shared", "refresh"]
 MODES: tuple[Consistency, ...] = ("exact", "shared", "refresh")
+
+
+def check_consistency(mode: object) -> None:
+    """Raises RequestError for an unknown consistency mode."""
+    if mode not in MODES:
+        raise RequestError(unknown("consistency mode", mode, MODES))
 
 
 class Meter:
@@ -50,12 +57,29 @@ class Sequence:
                  and sound only for checkpoints trained for it.
       `refresh`  like `shared`, but the newest state whose prefix is exact is kept, so that
                  `refresh(slice)` re-runs no more than what is stale.
+
+    draft_cache:
+      `shared`   a draft slice reads what the others wrote, and keeps nothing of its own.
+      `own`      for checkpoints whose slices cannot read each other's cache (`handoff_report`): a
+                 slice drafts what it would draft alone. Where it did not write all that is
+                 committed, it reads a cache of its own, the `companion`. The ids that it drafts
+                 cross over as proposed ones: the shared cache never holds anything of it, and
+                 drafts committed without `verify` are run by the slice that ran last, in one chunk
+                 when the next verb needs them. Takes a second slot of the same size.
     """
 
-    def __init__(self, model: ElasticModel, cache: Cache, consistency: Consistency) -> None:
-        if consistency not in MODES:
-            raise RequestError(unknown("consistency mode", consistency, MODES))
+    def __init__(
+        self,
+        model: ElasticModel,
+        cache: Cache,
+        consistency: Consistency,
+        draft_cache: DraftCache = "shared",
+        slot: Slot | None = None,
+    ) -> None:
+        check_consistency(consistency)
+        cache.check_draft_cache(draft_cache)
         self.model, self.cache, self.consistency = model, cache, consistency
+        self.draft_cache = draft_cache
         self.meter = Meter()
         self._tokens: list[int] = []
         self._drafted: list[int] = []
@@ -63,7 +87,8 @@ class Sequence:
         self._rows: list[Tensor] = []
         self._proposals: list[Tensor | None] = []  # None where `propose` gave the id
         self._verified = False  # whether the slice that ran last was asked to verify all of them
-        self._slot: Slot | None = cache.allocate()
+        self._companion: Sequence | None = None
+        self._slot: Slot | None = slot or cache.allocate()
 
     # ---- what is known ----
 
@@ -90,11 +115,21 @@ class Sequence:
 
     @property
     def rows(self) -> list[Tensor]:
-        """Logits [V] known so far by the slice that ran last: row i is for drafted id i.
+        """Logits [V] known so far by the slice that ran or drafted last: row i is for drafted id i.
 
         Read only: the next verb may take them as known.
         """
         return list(self._rows)
+
+    @property
+    def companion(self) -> Sequence | None:
+        """The sequence that a draft slice keeps of its own (draft_cache="own"), to look into.
+
+        All its tokens were run by the slice that drafted last; a draft by another slice starts it
+        anew. It lags behind until its slice drafts again, and catches up in one chunk then. None
+        before it was needed.
+        """
+        return self._companion
 
     @property
     def length(self) -> int:
@@ -115,6 +150,10 @@ class Sequence:
         names, slot = list(self.model.slices), self.slot
         row = self.cache.provenance[slot.index, : max(self.length - 1, 0)].tolist()
         return [names[i] for i in [*row, slot.tail][: self.length]]
+
+    @property
+    def is_closed(self) -> bool:
+        return self._slot is None
 
     @property
     def slot(self) -> Slot:
@@ -197,15 +236,15 @@ class Sequence:
         """
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise RequestError(f"cannot fork into {n!r} sequences; ask for at least one")
-        slot = self.slot
+        _ = self.slot  # raises where this sequence is closed
         forks: list[Sequence] = []
         try:
             for _ in range(n):
-                forks.append(Sequence(self.model, self.cache, self.consistency))
-            self.cache.copy(slot, [fork.slot for fork in forks], self.length)
-            for fork in forks:
-                fork._tokens = list(self._tokens)
-                fork._rows = [row.clone() for row in self._rows[:1] if fork.slot.entries]
+                fork = Sequence(self.model, self.cache, self.consistency, self.draft_cache)
+                forks.append(fork)
+            self.copy_to(forks)
+            if self._companion is not None:
+                self._companion.copy_to([fork.open_companion() for fork in forks])
             return forks
         except BaseException:
             for fork in forks:
@@ -230,13 +269,41 @@ class Sequence:
         settle([self])
         return audit(self, slice, tolerance=tolerance)
 
+    def digest(self) -> CacheDigest:
+        """64-bit digests of the committed cache by layer and 64 positions, to compare two of them.
+
+        `a.digest() == b.digest()` where both hold the same bits; `differences` says where not.
+        """
+        settle([self])
+        return digest(self)
+
+    def copy_to(self, targets: list[Sequence]) -> None:
+        """What is committed, into sequences that hold nothing yet."""
+        self.cache.copy(self.slot, [target.slot for target in targets], self.length)
+        for target in targets:
+            target._tokens = list(self._tokens)
+            target._rows = [row.clone() for row in self._rows[:1] if target.slot.entries]
+
+    def open_companion(self) -> Sequence:
+        """A companion that holds nothing, in place of the one that there was."""
+        self.drop_companion()
+        slot = self.cache.companion_slot(self.slot)
+        self._companion = Sequence(self.model, self.cache, "shared", slot=slot)
+        self._companion.meter = self.meter
+        return self._companion
+
+    def drop_companion(self) -> None:
+        companion, self._companion = self._companion, None
+        if companion is not None:
+            companion.close()
+
     def drop_draft(self) -> None:
         """Forget the drafted ids."""
         slot = self.slot
-        committed = self.length - slot.folded
-        slot.entries = min(slot.entries, committed)
+        committed = max(self.length - slot.folded, 0)
+        slot.entries = committed if slot.entries >= committed else 0  # others have no row
         # A copy: a view would keep the logits of a whole pass alive.
-        self._rows = [row.clone() for row in self._rows[:1] if slot.entries == committed]
+        self._rows = [row.clone() for row in self._rows[:1] if slot.entries]
         self._drafted, self._proposals, self._verified = [], [], False
 
     def close(self) -> None:
@@ -244,6 +311,7 @@ class Sequence:
         slot, self._slot = self._slot, None
         if slot is not None:
             self._rows, self._drafted, self._proposals = [], [], []
+            self.drop_companion()
             self.cache.release(slot)
 
     def _certainly(self, token: int) -> Tensor:

@@ -325,10 +325,13 @@ class Task:
         yield from self.commit(len(ids), slice)
         self.close_step("forced")
 
-    def refresh(self, slice: str) -> Run:
-        """Make the cache what a slice alone would hold; tokens and time go into the metrics."""
+    def refresh(self, slice: str, last: int | None = None) -> Run:
+        """Make the cache what a slice alone would hold; tokens and time go into the metrics.
+
+        last: re-run at most so many of the last tokens; see `Sequence.refresh` for what that leaves
+        """
         with self.account.refreshing():
-            self.account.refreshed += yield Refresh(slice)
+            self.account.refreshed += yield Refresh(slice, last)
         self.account.unverified_steps = 0
 
     # ---- tasks beside this one ----

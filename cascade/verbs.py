@@ -64,9 +64,13 @@ class Rollback:
 
 @dataclass(frozen=True, slots=True)
 class Refresh:
-    """Outcome: how many tokens were run again."""
+    """Outcome: how many tokens were run again.
+
+    last: of the last tokens at most so many; see `Sequence.refresh` for what that leaves
+    """
 
     slice: str
+    last: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

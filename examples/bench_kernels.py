@@ -171,6 +171,19 @@ def commit_case(rows: int, verb: str, bytes: float, launches: int = 1, half: boo
     return Case(name, lambda: getattr(Slots(rows, 128, dtype, LAYERS), verb), bytes, launches)
 
 
+def replay_case(rows: int, entries: int, half: bool) -> Case:
+    """ssm_commit of more or fewer entries: what it computes beside the bytes that it moves."""
+
+    def build() -> Callable[[], object]:
+        slots = Slots(rows, 128, torch.bfloat16 if half else torch.float32, LAYERS)
+        slots.counts = full(rows, entries)
+        return slots.ssm
+
+    moved = rows * (STATE_BYTES * (1 if half else 2) + REPLAY_BYTES * entries // DRAFTED)
+    state = " bf16 state" if half else ""
+    return Case(f"ssm{state}, {entries} entries, batch {rows}", build, moved)
+
+
 def fork() -> Callable[[], object]:
     slots = Slots(FORKS + 1, FORK_LENGTH, torch.float32, LAYERS)
     targets = torch.arange(1, FORKS + 1, device="cuda")
@@ -216,6 +229,7 @@ def cases() -> list[Case]:
             commit_case(rows, "stamp", rows * (DRAFTED + 1)),
             commit_case(rows, "commit", ssm + conv + keep + rows * (DRAFTED + 1), launches=6),
         ]
+    found += [replay_case(64, n, half) for half in (False, True) for n in (1, 16)]
     copied = STATE_BYTES + WINDOW_BYTES + FORK_LENGTH * TOKEN_BYTES
     found.append(Case(f"fork 1 -> {FORKS} at {FORK_LENGTH}", fork, copied * (1 + FORKS)))
     for rows, drafted in ((1, 16), (64, 64)):

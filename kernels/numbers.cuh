@@ -1,5 +1,6 @@
 // Stored numbers as fp32: fp32 itself, or bf16 as raw 16 bits (no toolkit header needed).
 #pragma once
+#include "ptx.cuh"
 
 typedef unsigned short bf16;
 
@@ -36,17 +37,35 @@ __device__ __forceinline__ uint4 pack(const float (&in)[4]) {
 }
 
 __device__ __forceinline__ uint4 pack(const float (&in)[8]) {
-    return make_uint4(narrow(in[0]) | narrow(in[1]) << 16, narrow(in[2]) | narrow(in[3]) << 16,
-                      narrow(in[4]) | narrow(in[5]) << 16, narrow(in[6]) | narrow(in[7]) << 16);
+    return make_uint4(narrow(in[0], in[1]), narrow(in[2], in[3]), narrow(in[4], in[5]),
+                      narrow(in[6], in[7]));
 }
 
-// 4 neighbouring numbers of a journal as fp32.
-__device__ __forceinline__ float4 four(const float* from) {
-    return *reinterpret_cast<const float4*>(from);
+// 4 neighbouring numbers as they are stored, for loads that are not to be waited for yet.
+template <typename T>
+struct Quads;
+template <>
+struct Quads<float> {
+    typedef float4 type;
+};
+template <>
+struct Quads<bf16> {
+    typedef uint2 type;
+};
+
+template <typename T>
+__device__ __forceinline__ typename Quads<T>::type quad(const T* from) {
+    return *reinterpret_cast<const typename Quads<T>::type*>(from);
 }
 
-__device__ __forceinline__ float4 four(const bf16* from) {
-    const uint2 raw = *reinterpret_cast<const uint2*>(from);
-    return make_float4(__uint_as_float(raw.x << 16), __uint_as_float(raw.x & 0xffff0000u),
-                       __uint_as_float(raw.y << 16), __uint_as_float(raw.y & 0xffff0000u));
+// And as fp32.
+__device__ __forceinline__ float4 widen(const float4& quad) { return quad; }
+__device__ __forceinline__ float4 widen(const uint2& quad) {
+    return make_float4(__uint_as_float(quad.x << 16), __uint_as_float(quad.x & 0xffff0000u),
+                       __uint_as_float(quad.y << 16), __uint_as_float(quad.y & 0xffff0000u));
+}
+
+template <typename T>
+__device__ __forceinline__ float4 four(const T* from) {
+    return widen(quad(from));
 }

@@ -84,7 +84,7 @@ def _span(
     state: Tensor, x: Tensor, write: Tensor, dt: Tensor, read: Tensor, decay: Tensor
 ) -> tuple[Tensor, Tensor]:
     """y [R, T, H, P] of a span of tokens, without the skip, and the state after it."""
-    rows, length = x.shape[:2]
+    length = x.shape[1]
     pad = -length % SCAN_CHUNK
     chunks = (length + pad) // SCAN_CHUNK
     of_group = x.shape[2] // write.shape[2]

@@ -44,6 +44,13 @@ __device__ __forceinline__ uint4 load_transposed(const void* row) {
     return raw;
 }
 
+// Two fp32 to the nearest bf16 each, ties to even; NaN becomes 0x7fff.
+__device__ __forceinline__ unsigned narrow(float low, float high) {
+    unsigned both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+
 // A barrier of some of a block's threads; `number` 1 to 15.
 __device__ __forceinline__ void meet(int number, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");

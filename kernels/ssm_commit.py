@@ -16,7 +16,7 @@ LARGEST = 512  # state size N whose chunk fits into 48 KiB of shared memory
 _FP32 = (torch.float32,)
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _KERNELS = {
-    (state, entry): Kernel("ssm_commit", f"replay_{_NAMES[state]}_{_NAMES[entry]}", 14)
+    (state, entry): Kernel("ssm_commit", f"replay_{_NAMES[state]}_{_NAMES[entry]}", 17)
     for state in checks.STORED
     for entry in checks.STORED
 }
@@ -61,16 +61,20 @@ def ssm_commit(
         )
     checks.aligned("state", states)
     checks.aligned("scanned", journal)
+    largest = max(layers * slots, layers * journal_rows * entries, heads * head_dim * size)
+    checks.within("the largest of L * S, L * S' * J and H * P * N", largest, 0, 1 << 31)
     device = checks.one_gpu(state, scanned, dt, decay, rows, sources, counts)
     if not (layers and number and entries and heads and head_dim):
         return
     across = size // width
     per_thread = NUMBERS // width
-    down = max(1, min(32, THREADS // across, -(-head_dim // per_thread)))
+    wanted = min(32, THREADS // across, -(-head_dim // per_thread))
+    down = max(wanted, -(-32 // across), 1)  # a whole warp weighs the entries
     block_rows = down * per_thread
+    tiles = -(-head_dim // block_rows)
     _KERNELS[state.dtype, scanned.dtype].launch(
         device,
-        (heads * -(-head_dim // block_rows), number, layers),
+        (heads * tiles, number, layers),
         (across, down, 1),
         (
             states,
@@ -84,7 +88,15 @@ def ssm_commit(
             heads,
             head_dim,
             size,
-            groups,
+            channels,
+            tiles,
+            _inverse(tiles),
+            _inverse(heads // groups),
         ),
-        4 * (CHUNK * (size + block_rows) + 2 * CHUNK + 1),
+        4 * (CHUNK * (size + block_rows) + CHUNK + 1),
     )
+
+
+def _inverse(of: int) -> int:
+    """ceil(2^32 / of), by which the kernel divides."""
+    return -(-(1 << 32) // of)

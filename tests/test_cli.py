@@ -75,6 +75,10 @@ def test_inspect_as_json() -> None:
     data = json.loads(cascade("inspect", "nano", "--json"))
     assert set(data["slices"]) == {"small", "medium", "large"}
     assert data["slices"]["large"]["parameters"] * 2 <= data["weight_bytes"] * 1.1
+    sequence = data["sequence_bytes"]
+    assert sequence["own"] == 2 * sequence["shared"]
+    per_token = data["cache_bytes_per_token"] + 1
+    assert sequence["shared"] > sequence["tokens"] * per_token + data["state_bytes_per_sequence"]
 
 
 def test_export_writes_a_checkpoint_that_cascade_runs(tmp_path: Path) -> None:

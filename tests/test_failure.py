@@ -24,8 +24,9 @@ from cascade.errors import (
     SequenceError,
     SliceError,
 )
+from cascade.graphs import GraphRunner
 from cascade.model import ElasticModel
-from cascade.sequence import MODES, Consistency, Sequence
+from cascade.sequence import Sequence
 from tests.faults import FaultyKernels, Injected, cache_bits, interrupting
 from tests.nested import elastic, parent
 
@@ -34,7 +35,14 @@ LENGTH, DRAFT = 32, 6
 FOLDING = ("ssm_commit", "conv_commit", "provenance_stamp", "journal_keep")
 COMPUTING = ("rms_norm", "causal_conv", "ssm_scan", "gated_norm", "attention", "experts")
 ERRORS = [Injected(), MemoryError("out of memory"), KeyboardInterrupt(), RuntimeError("lost")]
-FILES = ("batch.py", "passes.py", "cache.py", "sequence.py")
+FILES = ("batch.py", "passes.py", "cache.py", "sequence.py", "companion.py")
+# The consistency modes, and a draft slice with a cache of its own.
+KINDS: dict[str, dict[str, Any]] = {
+    "exact": {"consistency": "exact"},
+    "shared": {"consistency": "shared"},
+    "refresh": {"consistency": "refresh"},
+    "own": {"draft_cache": "own"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +67,15 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch, kernels: FaultyKernels) -> Ite
 
 @pytest.fixture
 def cache(model: ElasticModel) -> Cache:
-    return model.cache(max_batch=4, max_length=LENGTH, max_draft=DRAFT)
+    return model.cache(max_batch=5, max_length=LENGTH, max_draft=DRAFT, draft_cache="own")
 
 
-def mixed(model: ElasticModel, cache: Cache, mode: Consistency, verb: str = "") -> Sequence:
+def mixed(model: ElasticModel, cache: Cache, mode: str, verb: str = "") -> Sequence:
     """A sequence with a past: written by two slices, with drafts pending.
 
     For some verbs there are ids that no slice has run behind the drafts.
     """
-    sequence = model.sequence(cache=cache, consistency=mode)
+    sequence = model.sequence(cache=cache, **KINDS[mode])
     sequence.append(PROMPT, "large")
     sequence.draft(3, "small")
     sequence.commit(2)  # not verified
@@ -127,14 +135,14 @@ def continuation(seq: Sequence) -> list[Tensor]:
 Twin = tuple[tuple[Any, ...], list[Tensor], list[Tensor]]
 
 
-def undisturbed(model: ElasticModel, mode: Consistency, verb: str = "") -> Twin:
+def undisturbed(model: ElasticModel, mode: str, verb: str = "") -> Twin:
     """What a sequence to which nothing happens says, holds and goes on to say."""
     return _undisturbed(model, mode, "proposed" if "proposed" in verb else "")
 
 
 @cache_of
-def _undisturbed(model: ElasticModel, mode: Consistency, verb: str) -> Twin:
-    own = model.cache(max_batch=1, max_length=LENGTH, max_draft=DRAFT)
+def _undisturbed(model: ElasticModel, mode: str, verb: str) -> Twin:
+    own = model.cache(max_batch=1, max_length=LENGTH, max_draft=DRAFT, draft_cache="own")
     with mixed(model, own, mode, verb) as sequence:
         return told(sequence), held(sequence), continuation(sequence)
 
@@ -150,10 +158,10 @@ def assert_untouched(failed: Sequence, twin: Twin) -> None:
     same(continuation(failed), goes_on)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", KINDS)
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_kernel_that_raises_anywhere_leaves_no_trace(
-    model: ElasticModel, cache: Cache, kernels: FaultyKernels, mode: Consistency, verb: str
+    model: ElasticModel, cache: Cache, kernels: FaultyKernels, mode: str, verb: str
 ) -> None:
     """Layers and the commit's own kernels, at random places; what is raised varies as well."""
     expected = undisturbed(model, mode, verb)
@@ -180,12 +188,12 @@ def test_a_kernel_that_raises_anywhere_leaves_no_trace(
 def test_a_batch_whose_commit_breaks_half_way_is_whole_afterwards(
     model: ElasticModel, cache: Cache, kernels: FaultyKernels, kernel: str, late: bool
 ) -> None:
-    expected = [undisturbed(model, mode) for mode in MODES]
-    rows = [mixed(model, cache, mode) for mode in MODES]
+    expected = [undisturbed(model, mode) for mode in KINDS]
+    rows = [mixed(model, cache, mode) for mode in KINDS]
     batch = Batch(rows)
     for verb in (
-        lambda: batch.commit([2, 0, 4], [None, None, 9]),
-        lambda: batch.append([[1], [2, 3], [4, 5, 6]], "medium"),
+        lambda: batch.commit([2, 0, 4, 4], [None, None, 9, 9]),
+        lambda: batch.append([[1], [2, 3], [4, 5, 6], [7]], "medium"),
     ):
         kernels.arm(0, only=(kernel,), late=late)
         with pytest.raises(Injected):
@@ -199,7 +207,7 @@ def test_a_batch_whose_commit_breaks_half_way_is_whole_afterwards(
 def test_a_failed_verb_can_be_called_again(
     model: ElasticModel, cache: Cache, kernels: FaultyKernels, verb: str
 ) -> None:
-    for mode in MODES:
+    for mode in KINDS:
         with mixed(model, cache, mode) as seq, mixed(model, cache, mode) as other:
             kernels.arm(12)
             with pytest.raises(Injected):
@@ -208,10 +216,25 @@ def test_a_failed_verb_can_be_called_again(
             same(held(seq), held(other))
 
 
-@pytest.mark.parametrize("mode", ["exact", "refresh"])
+def test_drafting_ahead_behind_a_failed_verb_runs_the_last_token_first(
+    model: ElasticModel, cache: Cache, kernels: FaultyKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its logits are known, but what it had left in the journal is gone."""
+    monkeypatch.setattr(model, "runner", GraphRunner(model.runner.views, model.arch, kernels))  # type: ignore[arg-type]
+    with model.sequence(cache=cache) as seq, model.sequence(cache=cache) as twin:
+        for sequence in (seq, twin):
+            sequence.append(PROMPT, "medium")
+        kernels.arm(0)
+        with pytest.raises(Injected):
+            seq.append([1, 2], "small")
+        assert seq.draft(4, "medium") == twin.draft(4, "medium")
+        same([seq.verify("large")], [twin.verify("large")])
+
+
+@pytest.mark.parametrize("mode", ["exact", "refresh", "own"])
 @pytest.mark.parametrize("verb", [v for v in VERBS if v not in ("audit", "append, several chunks")])
 def test_an_interrupt_at_any_line_finds_a_verb_done_or_not_begun(
-    model: ElasticModel, cache: Cache, mode: Consistency, verb: str
+    model: ElasticModel, cache: Cache, mode: str, verb: str
 ) -> None:
     call = VERBS[verb]
     before = undisturbed(model, mode, verb)
@@ -239,10 +262,10 @@ def test_an_interrupt_at_any_line_finds_a_verb_done_or_not_begun(
 # ---- NaN ----
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", KINDS)
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_kernel_that_gives_nan_is_an_error_and_leaves_no_trace(
-    model: ElasticModel, cache: Cache, kernels: FaultyKernels, mode: Consistency, verb: str
+    model: ElasticModel, cache: Cache, kernels: FaultyKernels, mode: str, verb: str
 ) -> None:
     with mixed(model, cache, mode, verb) as seq:
         kernels.record()
@@ -365,20 +388,20 @@ def test_exactly_what_fits_is_accepted(model: ElasticModel, cache: Cache) -> Non
 
 
 def test_one_row_too_long_refuses_the_whole_batch(model: ElasticModel, cache: Cache) -> None:
-    rows = [mixed(model, cache, mode) for mode in MODES]
+    rows = [mixed(model, cache, mode) for mode in KINDS]
     batch, bits = Batch(rows), cache_bits(cache)
     for verb in (
-        lambda: batch.append([[1], [2] * 21, [3]], "large"),
-        lambda: batch.draft([1, 1, 3], "small"),
-        lambda: batch.propose([[], [], [1, 2, 3]]),
-        lambda: batch.commit([1, 5, 1]),
-        lambda: batch.rollback([3, 3, 13]),
+        lambda: batch.append([[1], [2] * 21, [3], [4]], "large"),
+        lambda: batch.draft([1, 1, 1, 3], "small"),
+        lambda: batch.propose([[], [], [1, 2, 3], []]),
+        lambda: batch.commit([1, 5, 1, 1]),
+        lambda: batch.rollback([3, 3, 13, 3]),
     ):
         with pytest.raises(SequenceError):
             verb()
         assert all(torch.equal(a, b) for a, b in zip(cache_bits(cache), bits, strict=True))
     with pytest.raises(CacheFull):
-        batch.fork(1)  # one free slot, three forks
+        batch.fork(1)  # one free slot, four forks
     assert cache.free_slots == 1
 
 
@@ -415,7 +438,7 @@ REFUSED: dict[str, tuple[Callable[[Sequence], Any], type[CascadeError], str]] = 
     "roll back to text": (lambda s: s.rollback("3"), RequestError, "'3'"),  # type: ignore[arg-type]
     "fork into none": (lambda s: s.fork(0), RequestError, "0"),
     "fork into text": (lambda s: s.fork("2"), RequestError, "'2'"),  # type: ignore[arg-type]
-    "fork into too many": (lambda s: s.fork(4), CacheFull, "all 4 slots"),
+    "fork into too many": (lambda s: s.fork(5), CacheFull, "all 5 slots"),
 }
 
 
@@ -434,7 +457,7 @@ def test_a_call_without_meaning_is_refused_with_the_reason(
             torch.equal(a[:, seq.slot.index], b[:, seq.slot.index])
             for a, b in zip(mine, [part for part in bits if part.dim() > 2], strict=True)
         )
-        assert cache.free_slots == 3
+        assert cache.free_slots == 4
 
 
 def test_verifying_what_is_not_drafted_or_twice_is_refused(

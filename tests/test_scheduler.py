@@ -66,6 +66,30 @@ class Gathering(Strategy):
                 raise ValueError(f"child {number} fails")
 
 
+class Patched(Strategy):
+    """Thinks small, refreshes the last tokens alone, and answers large."""
+
+    last: int
+
+    def run(self, task: Task, roles: Roles) -> Run:
+        yield from task.prefill(roles.draft)
+        task.open_step()
+        yield from task.write(12, roles.draft)
+        task.close_step("written")
+        yield from task.refresh(roles.verify, self.last)
+        while not task.finished:
+            task.open_step()
+            yield from task.write(64, roles.verify)
+            task.close_step("written")
+
+
+def test_a_strategy_may_refresh_the_last_tokens_alone(reasoner: Reasoner) -> None:
+    for last in (3, 5):
+        strategy = Patched(last=last)
+        results = reasoner.generate([QUESTION] * 2, strategy=strategy, consistency="shared")
+        assert [r.metrics.refreshed for r in results] == [last] * 2
+
+
 def test_children_run_beside_each_other_and_come_back_in_order(reasoner: Reasoner) -> None:
     for children in (0, 1, 3, 7):
         result = reasoner.generate(QUESTION, strategy=Gathering(children=children))

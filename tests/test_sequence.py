@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -526,6 +527,29 @@ def test_exact_repairs_a_prefix_of_another_slice_before_it_verifies(
     assert seq.provenance == ["medium"] * 14
 
 
+def test_spans_committed_unverified_are_remembered_and_repaired_in_one_chunk(
+    model: ElasticModel, seq: Sequence
+) -> None:
+    seq.append(PROMPT, "large")
+    for drafter, count in (("small", 3), ("medium", 2), ("small", 4)):
+        seq.draft(count, drafter)
+        seq.commit(count)
+    written = ["large"] * 9 + ["small"] * 3 + ["medium"] * 2 + ["small"] * 5
+    assert seq.provenance == written and seq.exact_length("large") == 9
+    before = Counter(seq.meter.passes)
+    ids = seq.draft(2, "small")
+    same(seq.verify("large")[2], replay_logits(model, seq.tokens + ids, "large"))
+    large = model.slice_index("large")
+    passes = {n: k for (by, n), k in (seq.meter.passes - before).items() if by == large}
+    assert passes == {18 - 9: 1, 1 + 2: 1}  # all three spans, then the last token and the drafts
+    seq.commit(2)
+    assert seq.provenance == ["large"] * 21 and seq.audit("large").ok
+    seq.draft(2, "small")
+    before = Counter(seq.meter.passes)
+    seq.verify("large")
+    assert sum((seq.meter.passes - before).values()) == 1  # nothing is left to repair
+
+
 def test_shared_leaves_positions_as_their_writer_left_them(
     model: ElasticModel, cache: Cache
 ) -> None:
@@ -629,6 +653,37 @@ def test_audit_finds_the_first_bad_position(model: ElasticModel, seq: Sequence) 
         place.copy_(whole)
     assert all(torch.equal(a, b) for a, b in zip(cache_bits(seq.cache), bits, strict=True))
     assert not seq.audit("small").ok
+
+
+def test_two_caches_are_compared_without_moving_them(model: ElasticModel) -> None:
+    cache = model.cache(max_batch=3, max_length=160)
+    with model.sequence(cache=cache) as seq:
+        seq.append(PROMPT * 15, "large")
+        (fork,) = seq.fork()
+        known = seq.digest()
+        assert known == fork.digest() and known.differences(fork.digest()) == []
+        assert known.tokens == 149 and [layer for layer, _ in known.attention] == [1, 3]
+        assert [len(blocks) for _, blocks in known.attention] == [3, 3]
+        seq.draft(4, "small")  # what is not committed does not count
+        seq.verify("large")
+        assert seq.digest() == known
+        row = fork.slot.index
+        for place, found in (
+            (cache.keys[1, row, 70, 0, :1], [(3, 64)]),
+            (cache.values[0, row, 148, 1, :1], [(1, 128)]),
+            (cache.window[0, row, 0, :1], [(0, None)]),
+            (cache.state[1, row, 0, 0, :1], [(4, None)]),
+            (cache.keys[1, row, 149, 0, :1], []),
+        ):
+            before = place.clone()
+            place += 1
+            assert known.differences(fork.digest()) == found
+            place.copy_(before)
+        seq.commit(4)
+        assert (1, 128) in known.differences(seq.digest())
+        other = model.sequence(cache=cache)
+        other.append(PROMPT * 3, "large")
+        assert (3, 128) in known.differences(other.digest())
 
 
 def test_bf16_stays_within_its_stated_tolerance() -> None:

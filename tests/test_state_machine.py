@@ -1,15 +1,15 @@
 """Random verbs on ragged batches, against a shadow of plain lists and recomputed caches.
 
-Every step draws one verb for some of the open sequences, in any consistency mode, now and then
-with a kernel that raises in the middle of it. `CASCADE_EXAMPLES` and `CASCADE_STEPS` make the
-search larger than the default.
+Every step draws one verb for some of the open sequences, in any consistency mode and with either
+draft cache, now and then with a kernel that raises in the middle of it. `CASCADE_EXAMPLES` and
+`CASCADE_STEPS` make the search larger than the default.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from cascade import passes
 from cascade.batch import Batch
-from cascade.cache import Cache
+from cascade.cache import DRAFT_CACHES, Cache, DraftCache, Slot
 from cascade.errors import SequenceError
 from cascade.graphs import GraphRunner
 from cascade.kernels.reference import cache_digest
@@ -45,6 +45,8 @@ SLOTS, LENGTH, DRAFT = 5, 40, 6
 FAULTS = st.none() | st.none() | st.integers(0, 6) | st.integers(0, 40)
 
 slices = st.sampled_from(SLICES)
+modes = st.sampled_from(MODES)
+draft_caches = st.sampled_from(DRAFT_CACHES)
 
 
 @dataclass
@@ -56,7 +58,8 @@ class Shadow:
     """
 
     sequence: Sequence
-    mode: str
+    mode: Consistency
+    draft_cache: DraftCache
     tokens: list[int] = field(default_factory=list)
     writers: list[str] = field(default_factory=list)
     drafted: list[int] = field(default_factory=list)
@@ -67,6 +70,10 @@ class Shadow:
         """Leading positions before the last that `writer` wrote."""
         run = self.writers[: max(len(self.tokens) - 1, 0)]
         return next((i for i, name in enumerate(run) if name != writer), len(run))
+
+    def reads_own(self, drafter: str) -> bool:
+        """Whether a slice drafts this row in a cache of its own: it did not write all of it."""
+        return self.draft_cache == "own" and self.prefix(drafter) < len(self.tokens) - 1
 
     def prepare(self, writer: str) -> None:
         """What `append` and `verify` of a slice do to the committed tokens first."""
@@ -93,26 +100,33 @@ class Verbs(RuleBasedStateMachine):
 
     @initialize(
         data=st.data(),
-        modes=st.lists(st.sampled_from(MODES), min_size=1, max_size=3),
+        kinds=st.lists(st.tuples(modes, draft_caches), min_size=1, max_size=3),
         ids=st.lists(st.lists(st.integers(0, 63), min_size=1), min_size=3, max_size=3),
     )
-    def start(self, data: st.DataObject, modes: list[Consistency], ids: list[list[int]]) -> None:
+    def start(
+        self,
+        data: st.DataObject,
+        kinds: list[tuple[Consistency, DraftCache]],
+        ids: list[list[int]],
+    ) -> None:
         self.kernels.disarm()
-        self.cache = self.model.cache(max_batch=SLOTS, max_length=LENGTH, max_draft=DRAFT)
+        self.cache = self.model.cache(
+            max_batch=SLOTS, max_length=LENGTH, max_draft=DRAFT, draft_cache="own"
+        )
         self.scratch = self.model.cache(max_batch=1, max_length=LENGTH + 1, max_draft=64)
         self.rows: list[Shadow] = []
         self.digests: dict[int, list[int]] = {}
-        for mode in modes:
-            self.open(mode)
-        self.append_to(data, self.rows, [row[:LENGTH] for row in ids[: len(modes)]], "large")
+        for mode, draft_cache in kinds:
+            self.open(mode, draft_cache)
+        self.append_to(data, self.rows, [row[:LENGTH] for row in ids[: len(kinds)]], "large")
 
     # ---- rules ----
 
     @precondition(lambda self: self.cache.free_slots)
-    @rule(mode=st.sampled_from(MODES))
-    def open(self, mode: Consistency) -> None:
-        sequence = self.model.sequence(cache=self.cache, consistency=mode)
-        self.rows.append(Shadow(sequence, mode))
+    @rule(mode=modes, draft_cache=draft_caches)
+    def open(self, mode: Consistency, draft_cache: DraftCache) -> None:
+        sequence = self.model.sequence(cache=self.cache, consistency=mode, draft_cache=draft_cache)
+        self.rows.append(Shadow(sequence, mode, draft_cache))
         self.record()
 
     @rule(data=st.data(), slice=slices)
@@ -144,8 +158,9 @@ class Verbs(RuleBasedStateMachine):
             assert not until.intersection(ids[:-1])
             row.drafted += ids
             if ids:
-                row.runner, row.verified = slice, None
-                self.check_last_draft(row)
+                row.verified = None
+                row.runner = row.runner if row.reads_own(slice) else slice
+                self.check_last_draft(row, slice)
 
     @rule(data=st.data())
     def propose(self, data: st.DataObject) -> None:
@@ -190,7 +205,8 @@ class Verbs(RuleBasedStateMachine):
         for row, _ in self.verb(data, rows, lambda batch: batch.commit(n, bonus)):
             more, verified = bonus[rows.index(row)], row.verified
             row.extend(row.drafted[: n[rows.index(row)]] + ([] if more is None else [more]))
-            self.check_cache(row, exact=verified)
+            if row.draft_cache == "shared" or data.draw(st.booleans()):  # looking runs what waits
+                self.check_cache(row, exact=verified)
 
     @rule(data=st.data(), verifier=slices, drafter=slices)
     def draft_verify_commit(self, data: st.DataObject, drafter: str, verifier: str) -> None:
@@ -205,7 +221,7 @@ class Verbs(RuleBasedStateMachine):
         k = [data.draw(st.integers(0, min(DRAFT, row.sequence.room))) for row in rows]
         drafted = batch.draft(k, drafter)
         for row, count in zip(rows, k, strict=True):
-            row.runner = drafter if count else row.runner
+            row.runner = drafter if count and not row.reads_own(drafter) else row.runner
         if any(drafted):
             tables = batch.verify(verifier)
             n = [data.draw(st.integers(0, len(ids))) for ids in drafted]
@@ -228,7 +244,8 @@ class Verbs(RuleBasedStateMachine):
             length = lengths[rows.index(row)]
             del row.tokens[length:], row.writers[length:]
             row.drop()
-            self.check_cache(row)
+            if row.draft_cache == "shared" or data.draw(st.booleans()):
+                self.check_cache(row)
 
     @rule(data=st.data(), slice=slices)
     def refresh(self, data: st.DataObject, slice: str) -> None:
@@ -251,16 +268,20 @@ class Verbs(RuleBasedStateMachine):
             n = data.draw(st.integers(1, free))
             for _, forks in self.verb(data, [row], lambda _: [row.sequence.fork(n)]):
                 for sequence in forks:
-                    twin = Shadow(sequence, row.mode, list(row.tokens), list(row.writers))
-                    twin.runner = row.runner
+                    twin = replace(
+                        row, sequence=sequence, tokens=list(row.tokens), writers=list(row.writers)
+                    )
+                    twin.drop()
                     self.rows.append(twin)
-                    self.check_cache(twin)
+                    if row.draft_cache == "shared" or data.draw(st.booleans()):
+                        self.check_cache(twin)
 
     @rule(data=st.data())
     def close(self, data: st.DataObject) -> None:
         if len(self.rows) > 1:
             row = self.some(data, lambda row: True)[0]
-            self.digests.pop(row.sequence.slot.index, None)
+            for slot in slots_of(row):
+                self.digests.pop(slot.index, None)
             row.sequence.close()
             self.rows.remove(row)
 
@@ -275,7 +296,8 @@ class Verbs(RuleBasedStateMachine):
             assert sequence.length == len(row.tokens)
             assert sequence.room == LENGTH - len(row.tokens)
             assert len(sequence.proposals) == len(row.drafted)
-            assert sequence.slot.entries <= len(sequence.rows)
+            assert sequence.slot.entries <= len(sequence._rows)
+            assert sequence.draft_cache == "own" or sequence.companion is None
             assert sequence.provenance[:-1] == row.writers[:-1]
             assert set(sequence.provenance[-1:]) <= set(SLICES)
             # Asking would rebuild what a failed verb has left behind; the next verb must.
@@ -319,7 +341,7 @@ class Verbs(RuleBasedStateMachine):
 
     def unchanged(self, touched: list[Shadow]) -> None:
         """The cache of every other row is the same bit by bit."""
-        mine = {row.sequence.slot.index for row in touched}
+        mine = {row.sequence.slot.index + own for row in touched for own in (0, SLOTS)}
         now = digests(self.cache, [row for row in self.rows if row not in touched])
         assert {k: v for k, v in self.digests.items() if k not in mine} == now
 
@@ -350,21 +372,35 @@ class Verbs(RuleBasedStateMachine):
         with self.replayed(tokens, writers) as replay:
             torch.testing.assert_close(logits, replay.logits, atol=1e-4, rtol=1e-4)
 
-    def check_last_draft(self, row: Shadow) -> None:
+    def check_last_draft(self, row: Shadow, drafter: str) -> None:
         tokens = row.tokens + row.drafted[:-1]
-        writers = row.writers[:-1] + [row.runner] * len(row.drafted)
+        writers = row.writers[:-1] + [drafter] * len(row.drafted)
+        if row.reads_own(drafter):
+            writers = [drafter] * len(tokens)
+            companion = row.sequence.companion
+            assert companion is not None and companion.tokens == row.tokens
+            assert companion.drafted == row.drafted
+            with self.replayed(row.tokens, [drafter] * len(row.tokens)) as replay:
+                assert not row.tokens[:-1] or replay.deviation(companion) <= TOLERANCE
         with self.replayed(tokens, writers) as replay:
             assert replay.logits[row.drafted[-1]] >= replay.logits.max() - 1e-3
+            drawn_from = row.sequence.rows[len(row.drafted) - 1]
+            torch.testing.assert_close(drawn_from, replay.logits, atol=1e-4, rtol=1e-4)
 
     def replayed(self, tokens: list[int], writers: list[str]) -> Replay:
         return Replay(self.model, tokens, writers, self.scratch)
+
+
+def slots_of(row: Shadow) -> list[Slot]:
+    companion = row.sequence.companion
+    return [row.sequence.slot, *([] if companion is None else [companion.slot])]
 
 
 def digests(cache: Cache, rows: list[Shadow]) -> dict[int, list[int]]:
     """By slot, 64-bit digests of what is committed."""
     if not rows:
         return {}
-    slots = [row.sequence.slot for row in rows]
+    slots = [slot for row in rows for slot in slots_of(row)]
     index, lengths = cache.index(*((slot.index, slot.folded) for slot in slots))
     parts = cache_digest(cache.keys, cache.values, cache.window, cache.state, index, lengths)
     table = torch.cat([part.transpose(0, 1).flatten(1) for part in parts], 1).tolist()

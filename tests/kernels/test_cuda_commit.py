@@ -1,4 +1,4 @@
-"""ssm_commit, conv_commit, journal_keep and provenance_stamp on a GPU against the reference.
+"""conv_commit, journal_keep and provenance_stamp on a GPU against the reference.
 
 Whatever a call must not read or write holds NaN; afterwards exactly the right elements differ.
 """
@@ -16,9 +16,6 @@ from cascade.kernels import reference
 pytestmark = pytest.mark.gpu
 
 F32, BF16 = torch.float32, torch.bfloat16
-DTYPES = [(F32, F32), (F32, BF16), (BF16, F32), (BF16, BF16)]
-# H, P, N, G: one like Nemotron's heads, one like nano's, one that divides nothing evenly.
-SHAPES = [(8, 64, 128, 4), (4, 32, 32, 1), (6, 12, 40, 3)]
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -33,70 +30,6 @@ def ragged(number: int, longest: int) -> torch.Tensor:
     if number > 1:
         counts[1] = 0
     return counts
-
-
-@pytest.mark.parametrize(("state_dtype", "dtype"), DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("number", "entries"), [(1, 1), (3, 63), (17, 64), (3, 65), (17, 9)])
-def test_ssm_commit(
-    cuda: ModuleType,
-    state_dtype: torch.dtype,
-    dtype: torch.dtype,
-    shape: tuple[int, int, int, int],
-    number: int,
-    entries: int,
-) -> None:
-    heads, dim, size, groups = shape
-    layers, slots, sources_held, device = 3, number + 2, number + 1, "cuda"
-    rows = torch.randperm(slots, device=device)[:number]
-    sources = torch.randperm(sources_held, device=device)[:number]
-    counts = ragged(number, entries)
-    state = torch.full((layers, slots, heads, dim, size), math.nan, device=device)
-    state[:, rows] = torch.randn(layers, number, heads, dim, size, device=device)
-    state = state.to(state_dtype)
-    channels = heads * dim + groups * size
-    scanned = torch.randn(layers, sources_held, entries, channels, device=device).to(dtype)
-    dt = torch.rand(layers, sources_held, entries, heads, device=device)
-    unread = torch.ones(sources_held, entries, dtype=torch.bool, device=device)
-    unread[sources] = torch.arange(entries, device=device) >= counts[:, None]
-    scanned[:, unread] = math.nan
-    dt[:, unread] = math.nan
-    decay = -torch.rand(layers, heads, device=device) - 0.1
-
-    wanted, again, before = state.clone(), state.clone(), state.clone()
-    reference.ssm_commit(wanted, scanned, dt, decay, rows, sources, counts)
-    cuda.ssm_commit(state, scanned, dt, decay, rows, sources, counts)
-    cuda.ssm_commit(again, scanned, dt, decay, rows, sources, counts)
-
-    assert same_bits(state, again)
-    written = torch.zeros(slots, dtype=torch.bool, device=device)
-    written[rows[counts > 0]] = True
-    assert same_bits(state[:, ~written], before[:, ~written])
-    got, want = state[:, written].float(), wanted[:, written].float()
-    assert got.isfinite().all()
-    error = float((got - want).norm() / want.norm())
-    assert error < (1e-6 if state_dtype == F32 else 2e-3)
-    tolerance = (1e-5, 1e-5) if state_dtype == F32 else (2**-7, 1e-3)
-    torch.testing.assert_close(got, want, rtol=tolerance[0], atol=tolerance[1])
-
-
-def test_ssm_commit_of_a_whole_prefill_chunk(cuda: ModuleType) -> None:
-    state = torch.randn(2, 2, 4, 64, 128, device="cuda")
-    scanned = torch.randn(2, 1, 512, 4 * 64 + 2 * 128, device="cuda", dtype=BF16)
-    dt, decay = torch.rand(2, 1, 512, 4, device="cuda") * 0.1, -torch.rand(2, 4, device="cuda")
-    rows, sources = torch.tensor([1], device="cuda"), torch.tensor([0], device="cuda")
-    wanted = state.double()
-    x, write = scanned.double().split([256, 256], -1)
-    for j in range(512):
-        step = dt[:, 0, j].double()
-        outer = x[:, 0, j].view(2, 4, 64, 1) * write[:, 0, j].view(2, 2, 1, 128).repeat_interleave(
-            2, 1
-        )
-        decayed = wanted[:, 1] * (step * decay.double()).exp()[..., None, None]
-        wanted[:, 1] = decayed + step[..., None, None] * outer
-    cuda.ssm_commit(state, scanned, dt, decay, rows, sources, torch.tensor([512], device="cuda"))
-    error = (state.double() - wanted).norm() / wanted.norm()
-    assert float(error) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])

@@ -64,6 +64,14 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline void __threadfence() {}
 inline float __ldcg(const float* from) { return *from; }
 inline float4 __ldcg(const float4* from) { return *from; }
+template <class T>
+inline T __ldcs(const T* from) {
+    return *from;
+}
+template <class T>
+inline void __stcs(T* to, const T& value) {
+    *to = value;
+}
 
 template <class T>
 inline T atomicOr(T* place, T value) {
@@ -228,6 +236,10 @@ inline void meet(int number, int threads) {
 inline unsigned rounded(float x) {
     const unsigned bits = __float_as_uint(x);
     return (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+}
+
+inline unsigned narrow(float low, float high) {
+    return (low == low ? rounded(low) : 0x7fff) | (high == high ? rounded(high) : 0x7fff) << 16;
 }
 
 inline unsigned times(unsigned a, unsigned b) {
