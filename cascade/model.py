@@ -13,7 +13,7 @@ from cascade import checkpoint, kernels
 from cascade.architecture import Architecture
 from cascade.cache import Cache
 from cascade.errors import SequenceError, SliceError, unknown
-from cascade.runner import Runner
+from cascade.runner import Runner, runner_for
 from cascade.sequence import Consistency, Sequence
 from cascade.slices import SliceSpec, custom_slice, resolve_slices, slice_for
 from cascade.weights import MambaWeights, ModelWeights, MoEWeights
@@ -51,7 +51,7 @@ class ElasticModel:
         self._names = list(slices)
         self._parent = weights
         self._views = [self._view(spec) for spec in slices.values()]
-        self.runner = Runner(self._views)
+        self.runner: Runner = runner_for(self.kernels, self._views)
         self._decay = torch.stack(
             [layer.mixer.decay for layer in weights.layers if isinstance(layer.mixer, MambaWeights)]
         )

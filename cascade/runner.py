@@ -8,6 +8,7 @@ nothing else, so a pass that fails leaves nothing to undo (`cache`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -45,3 +46,12 @@ class Runner:
     def decode(self, writer: int, cache: Cache, feeds: Sequence[Feed]) -> Tensor:
         """One token a row into the resident journal; logits [R, V] fp32 of the token after it."""
         return self.logits(writer, torch.cat(self.hidden(writer, cache, cache.journal, feeds)))
+
+
+def runner_for(kernels: ModuleType, views: Sequence[ModelWeights]) -> Runner:
+    """The runner that goes with the kernels that `kernels.load` has chosen."""
+    if kernels.__name__ == "cascade.kernels.cpu":
+        from cascade.cpu import CpuRunner
+
+        return CpuRunner(views)
+    return Runner(views)
