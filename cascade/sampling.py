@@ -135,13 +135,16 @@ class Sampler:
             probs = probs.masked_fill(probs < p.min_p * probs.max(), 0.0)
         return probs / probs.sum()
 
-    def sample(self, logits: Tensor, tokens: Seq[int], kernels: Any) -> tuple[int, Tensor]:
-        """Draw the next id after `tokens`; also the distribution it was drawn from."""
+    def sample(self, logits: Tensor, tokens: Seq[int], kernels: Any) -> tuple[int, Tensor | None]:
+        """Draw the next id after `tokens`; also the distribution [V] it was drawn from.
+
+        None stands for certainty: greedy draws have no other outcome.
+        """
         import torch
 
-        probs = self.distribution(logits, tokens)
         if self.params.greedy:
-            return int(probs.argmax()), probs
+            return int(self._adjusted(logits, tokens).argmax()), None
+        probs = self.distribution(logits, tokens)
         seed = torch.tensor([self.seed], device=probs.device)
         position = torch.tensor([len(tokens)], device=probs.device)
         return int(kernels.race_sample(probs[None], seed, position)[0]), probs

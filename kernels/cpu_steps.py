@@ -8,7 +8,7 @@ shapes as in `cascade.kernels`; each function says which of `reference` it equal
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -17,28 +17,53 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Array: TypeAlias = NDArray[np.float32]
-Product: TypeAlias = Callable[[Array], Array]
+Indices: TypeAlias = NDArray[np.intp]
 
 LARGE = 2**18  # elements from which on a product is worth PyTorch's threads
+HEAVY = 2**20  # multiplications from which on oneDNN's product is faster than MKL's
+# oneDNN's float32 product, where this torch has it: up to twice as fast as MKL's on AMD, and a
+# thousand times slower on a prefix view.
+_ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 ZERO, ONE = np.zeros((), np.float32), np.ones((), np.float32)  # faster operands than numbers are
 
 
-def product(matrix: Tensor, bias: Tensor | None = None) -> Product:
-    """x [n] -> matrix [m, n] @ x + bias [m]; the matrix may be a prefix view, and is not copied."""
-    array: Array = matrix.numpy()
-    times: Product = array.dot
-    if matrix.numel() >= LARGE:
+class Matrix:
+    """A weight [m, n], possibly a prefix view, and a bias [m]: products with few vectors.
 
-        def times(x: Array) -> Array:
-            return torch.mv(matrix, torch.from_numpy(x)).numpy()
+    The weight stays where it is. `vector` is for one vector [n], `rows` for x [T, n], `columns`
+    (without bias) for x [n, T]; they give [m], [T, m] and [m, T].
+    """
 
-    if bias is None:
-        return times
-    added: Array = bias.numpy()
-    return lambda x: np.add(times(x), added)
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.weight, self.bias = weight, bias
+        self._onednn = _ONEDNN if weight.is_contiguous() else None
+        array: Array = weight.numpy()
+        self.vector: Callable[[Array], Array] = array.dot
+        if weight.numel() >= LARGE:
+            self.vector = self._large
+        if bias is not None:
+            times, added = self.vector, bias.numpy()
+            self.vector = lambda x: np.add(times(x), added)
+
+    def rows(self, x: Array) -> Array:
+        tokens = torch.from_numpy(x)
+        if self._onednn is not None and tokens.numel() * len(self.weight) >= HEAVY:
+            out = self._onednn(tokens, self.weight, self.bias, "none", [], "")
+        else:
+            out = F.linear(tokens, self.weight, self.bias)
+        array: Array = out.numpy()
+        return array
+
+    def columns(self, x: Array) -> Array:
+        out: Array = torch.mm(self.weight, torch.from_numpy(x)).numpy()
+        return out
+
+    def _large(self, x: Array) -> Array:
+        out: Array = torch.mv(self.weight, torch.from_numpy(x)).numpy()
+        return out
 
 
-def norm_step(x: Array, gain: Array, floor: float) -> Array:
+def rms_norm_step(x: Array, gain: Array, floor: float) -> Array:
     """`rms_norm` of x [n]: gain = weight * sqrt(n), floor = n * eps."""
     out: Array = x * gain
     out *= (float(x.dot(x)) + floor) ** -0.5
@@ -52,14 +77,14 @@ def gated_norm_step(y: Array, gate: Array, gain: Array, groups: int, floor: floa
     """
     y *= silu(gate)
     if groups == 1:
-        return norm_step(y, gain, floor)
+        return rms_norm_step(y, gain, floor)
     parts = y.reshape(groups, -1)
     sizes = np.einsum("gn,gn->g", parts, parts)
     parts *= ((sizes + np.float32(floor)) ** np.float32(-0.5))[:, None]
     return y * gain
 
 
-def conv_step(joined: Array, taps: Array, bias: Array | None) -> Array:
+def causal_conv_step(joined: Array, taps: Array, bias: Array | None) -> Array:
     """The last output [C] of `causal_conv`: joined [K, C], taps [K, C]."""
     out: Array = np.add.reduce(joined * taps, 0)
     if bias is not None:
@@ -73,7 +98,7 @@ def silu(x: Array) -> Array:
     return np.divide(x, out, out=out)
 
 
-def ssm_step(
+def ssm_scan_step(
     state: Array, mixed: Array, dt: Array, decay: Array, skip: Array, groups: int
 ) -> Array:
     """`ssm_scan` of one token, and `ssm_commit` of it: `state` is advanced in place.
@@ -108,7 +133,7 @@ def dt_step(step: Array, bias: Array, least: float) -> Array:
 
 def route_step(
     x: Array,
-    router: Product,
+    router: Matrix,
     bias: Array,
     top_k: int,
     num_groups: int,
@@ -117,7 +142,7 @@ def route_step(
     scale: float,
 ) -> list[tuple[int, float]]:
     """`route` of one token: (expert, weight), k of them."""
-    scores = np.exp(-router(x))
+    scores = np.exp(-router.vector(x))
     scores += ONE
     np.reciprocal(scores, out=scores)
     choice = scores + bias
@@ -133,21 +158,21 @@ def route_step(
 
 
 def experts_step(
-    x: Array, up: Sequence[Product], down: Sequence[Product], picks: Sequence[tuple[int, float]]
+    x: Array, up: Sequence[Matrix], down: Sequence[Matrix], picks: Sequence[tuple[int, float]]
 ) -> Array:
-    """`experts` of one token: up and down are one matrix an expert, picks (expert, weight)."""
+    """`experts` of one token: `up` and `down` hold one matrix an expert, picks (expert, weight)."""
     out: Array | None = None
     for expert, share in picks:
-        inner = squared_relu(up[expert](x))
+        inner = squared_relu(up[expert].vector(x))
         inner *= share
-        part = down[expert](inner)
+        part = down[expert].vector(inner)
         out = part if out is None else np.add(out, part, out=out)
     return np.zeros_like(x) if out is None else out
 
 
-def mlp_step(x: Array, up: Product, down: Product) -> Array:
+def mlp_step(x: Array, up: Matrix, down: Matrix) -> Array:
     """down(relu(up(x)) ** 2) of one token."""
-    return down(squared_relu(up(x)))
+    return down.vector(squared_relu(up.vector(x)))
 
 
 def squared_relu(x: Array) -> Array:
