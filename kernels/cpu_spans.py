@@ -17,6 +17,7 @@ from cascade.kernels.cpu_steps import ONE, Array, Indices, Matrix, silu, squared
 
 LONGEST = 128  # tokens of a span: the scan is quadratic in them
 FEW = 6  # vectors up to which a product reads its matrix faster by columns
+ROWS = np.arange(LONGEST)[:, None]
 FUTURE = np.triu(np.full((LONGEST, LONGEST), -np.inf, np.float32), 1)
 
 
@@ -98,9 +99,9 @@ def route_span(
         grouped = choice.reshape(len(x), num_groups, -1)
         best = np.partition(grouped, -2, 2)[:, :, -2:].sum(2)
         others = best.argpartition(-top_groups, 1)[:, :-top_groups]
-        grouped[np.arange(len(x))[:, None], others] = -np.inf
+        grouped[ROWS[: len(x)], others] = -np.inf
     chosen = choice.argpartition(-top_k, 1)[:, -top_k:]
-    weights: Array = np.take_along_axis(scores, chosen, 1)
+    weights = scores[ROWS[: len(x)], chosen]
     if normalise:
         weights /= weights.sum(1, keepdims=True) + np.float32(1e-20)
     weights *= np.float32(scale)
@@ -111,30 +112,29 @@ def experts_span(
     x: Array, up: Sequence[Matrix], down: Sequence[Matrix], chosen: Indices, weights: Array
 ) -> Array:
     """`experts` [T, H], one expert after the other: each is read once."""
-    out = np.zeros_like(x)
-    flat = chosen.ravel()
-    order = flat.argsort()
-    tokens = order // chosen.shape[1]
-    shares = weights.ravel()[order]
-    ends = np.bincount(flat, minlength=len(up)).cumsum().tolist()
+    tokens, top_k = chosen.shape
+    order = chosen.ravel().argsort()
+    inputs, shares = x[order // top_k], weights.ravel()[order]
+    outputs = np.empty((tokens * top_k, x.shape[1]), np.float32)
     begin = 0
-    for expert, end in enumerate(ends):
-        if end == begin + 1:
-            token = tokens[begin]
-            inner = squared_relu(up[expert].vector(x[token]))
+    for expert, count in enumerate(np.bincount(chosen.ravel()).tolist()):
+        end = begin + count
+        if count == 1:
+            inner = squared_relu(up[expert].vector(inputs[begin]))
             inner *= shares[begin]
-            out[token] += down[expert].vector(inner)
-        elif end > begin:
-            members = tokens[begin:end]
-            if end - begin <= FEW:
-                inner = squared_relu(up[expert].columns(x[members].T))
-                inner *= shares[begin:end]
-                out[members] += down[expert].columns(inner).T
-            else:
-                inner = squared_relu(up[expert].rows(x[members]))
-                inner *= shares[begin:end, None]
-                out[members] += down[expert].rows(inner)
+            outputs[begin] = down[expert].vector(inner)
+        elif 1 < count <= FEW:
+            inner = squared_relu(up[expert].columns(inputs[begin:end].T))
+            inner *= shares[begin:end]
+            outputs[begin:end] = down[expert].columns(inner).T
+        elif count:
+            inner = squared_relu(up[expert].rows(inputs[begin:end]))
+            inner *= shares[begin:end, None]
+            outputs[begin:end] = down[expert].rows(inner)
         begin = end
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    out: Array = np.add.reduce(outputs[place].reshape(tokens, top_k, -1), 1)
     return out
 
 
