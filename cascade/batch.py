@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from cascade.chain import draft_greedily
 from cascade.errors import CapacityExceeded, NumericalError, RequestError, SequenceError
 from cascade.passes import (
     complete_entries,
@@ -27,10 +28,10 @@ from cascade.passes import (
     repair_last,
     repair_start,
     restoring,
-    run,
     run_long,
     settle,
 )
+from cascade.passes import verify as run_scored
 from cascade.sampling import Sampler, SamplingParams
 
 if TYPE_CHECKING:
@@ -80,14 +81,13 @@ class Batch:
                 entry = min(slot.usable(writer), sequence.length - slot.folded) if short else 0
                 feeds.append((entry, [*sequence._tokens[slot.folded + entry :], *new]))
             if short:
-                hidden = run(self.sequences, feeds, writer)
+                rows = [table[-1] for table in self._scored(self.sequences, feeds, writer)]
+                fold_resident(list(self._zip(added)))
             else:
                 hidden = run_long(
                     self.sequences, [pending for _, pending in feeds], writer, keep=True
                 )
-            rows = [row[0] for row in self._logits(writer, [h[-1:] for h in hidden])]
-            if short:
-                fold_resident(list(self._zip(added)))
+                rows = [row[0] for row in self._logits(writer, [h[-1:] for h in hidden])]
             for (sequence, new), row in zip(self._zip(added), rows, strict=True):
                 extend(sequence, new, [row])
             return rows
@@ -113,6 +113,8 @@ class Batch:
         before = [len(s._drafted) for s in self.sequences]
         with restoring(self.sequences):
             active = [r for r, count in enumerate(wanted) if count > 0]
+            if self._drafts_greedily(active, writer, samplers, wanted, stops):
+                active = []
             while active:
                 rows = self._next_rows(active, writer)
                 chosen = _choose(
@@ -126,6 +128,7 @@ class Batch:
                     sequence = self.sequences[r]
                     sequence._drafted.append(token)
                     sequence._proposals.append(proposal)
+                    sequence._verified = False
                     if len(sequence._drafted) - before[r] < wanted[r] and token not in stops:
                         still.append(r)
                 active = still
@@ -140,6 +143,7 @@ class Batch:
             for sequence, new in self._zip(added):
                 sequence._drafted += new
                 sequence._proposals += [None] * len(new)
+                sequence._verified = sequence._verified and not new
 
     def verify(self, slice: str) -> list[Tensor]:
         """Logits [k_r + 1, V] a row over its drafted ids, of which some rows may have none."""
@@ -149,8 +153,7 @@ class Batch:
         for sequence in self.sequences:
             if sequence.length == 0:
                 raise SequenceError("nothing to verify: append a prompt first")
-            complete = len(sequence._rows) == len(sequence._drafted) + 1
-            if complete and sequence._drafted and sequence.slot.entry_slice == writer:
+            if sequence._verified and sequence.slot.entry_slice == writer:
                 raise SequenceError(
                     f"slice {slice!r} has verified these drafted ids already: commit, or draft more"
                 )
@@ -164,10 +167,11 @@ class Batch:
                 if len(first) < len(pending):
                     missing.append(sequence)
                     feeds.append((len(first), pending[len(first) :]))
-            tables = iter(self._logits(writer, run(missing, feeds, writer)))
+            tables = iter(self._scored(missing, feeds, writer) if missing else [])
             for sequence, first in self._zip(known):
                 new = next(tables) if sequence in missing else ()
                 sequence._rows = [*first, *new]
+                sequence._verified = bool(sequence._drafted)
             return [torch.stack(s._rows) for s in self.sequences]
 
     def commit(self, n: Seq[int], bonus: Seq[int | None] | None = None) -> None:
@@ -276,10 +280,31 @@ class Batch:
             if all(len(ids) == 1 for _, ids in feeds):
                 tables = self._finite(writer, decode(missing, feeds, writer)).split(1)
             else:
-                tables = self._logits(writer, run(missing, feeds, writer))
+                tables = self._scored(missing, feeds, writer)
             for sequence, (entry, _), table in zip(missing, feeds, tables, strict=True):
                 sequence._rows[entry:] = list(table)
         return [self.sequences[r]._rows[len(self.sequences[r]._drafted)] for r in active]
+
+    def _drafts_greedily(
+        self,
+        active: list[int],
+        writer: int,
+        samplers: Seq[Sampler],
+        wanted: Seq[int],
+        stops: frozenset[int],
+    ) -> bool:
+        """Draft without the host in between, where the device can and every row is greedy."""
+        decoder = self.model.runner.chain(self.cache, len(active)) if active else None
+        if decoder is None or not all(samplers[r].is_argmax for r in active):
+            return False
+        rows = [self.sequences[r] for r in active]
+        for sequence in rows:
+            slot = sequence.slot
+            if sequence.length - slot.folded + len(sequence._drafted) - slot.usable(writer) > 1:
+                return False
+            sequence._verified = False
+        draft_greedily(rows, [wanted[r] for r in active], writer, decoder, stops)
+        return True
 
     @contextmanager
     def _ground(self, writer: int, *, every: bool) -> Iterator[None]:
@@ -295,6 +320,13 @@ class Batch:
         with restoring(self.sequences, starts):
             repair(stale, writer)
             yield
+
+    def _scored(
+        self, sequences: Seq[Sequence], feeds: Seq[tuple[int, list[int]]], writer: int
+    ) -> list[Tensor]:
+        """Logits [m_r, V] after each id that a short pass runs."""
+        table = self._finite(writer, run_scored(sequences, feeds, writer))
+        return list(table.split([len(ids) for _, ids in feeds]))
 
     @torch.no_grad()
     def _logits(self, writer: int, hidden: Seq[Tensor]) -> list[Tensor]:

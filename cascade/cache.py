@@ -118,7 +118,7 @@ class Fold:
     keep: bool
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Cache:
     """Slots for `max_batch` sequences of `max_length` tokens, allocated once.
 

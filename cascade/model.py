@@ -51,7 +51,7 @@ class ElasticModel:
         self._names = list(slices)
         self._parent = weights
         self._views = [self._view(spec) for spec in slices.values()]
-        self.runner: Runner = runner_for(self.kernels, self._views)
+        self.runner: Runner = runner_for(self.arch, self.kernels, self._views)
         self._decay = torch.stack(
             [layer.mixer.decay for layer in weights.layers if isinstance(layer.mixer, MambaWeights)]
         )

@@ -50,6 +50,16 @@ def decode(sequences: Seq[Sequence], feeds: Seq[tuple[int, list[int]]], writer: 
     return table
 
 
+@torch.no_grad()
+def verify(sequences: Seq[Sequence], feeds: Seq[tuple[int, list[int]]], writer: int) -> Tensor:
+    """`run`, and the logits [n, V] after each of the ids, row after row."""
+    model, cache = sequences[0].model, sequences[0].cache
+    prepared = _feeds(sequences, feeds)
+    table = model.runner.verify(writer, cache, prepared)
+    _note(sequences, prepared, writer)
+    return table
+
+
 def _feeds(sequences: Seq[Sequence], feeds: Seq[tuple[int, list[int]]]) -> list[Feed]:
     for sequence, (entry, _) in zip(sequences, feeds, strict=True):
         # Entries behind the first one written are about to be overwritten.
@@ -199,7 +209,7 @@ def restoring(sequences: Seq[Sequence], starts: Seq[int | None] | None = None) -
         (
             s,
             (s._tokens, s.length, s.slot.entry_slice, s.slot.tail),
-            (list(s._rows), list(s._drafted), list(s._proposals)),
+            (list(s._rows), list(s._drafted), list(s._proposals), s._verified),
             None if start is None else s.cache.save(s.slot, start, s.length),
         )
         for s, start in zip(sequences, starts or [None] * len(sequences), strict=True)
@@ -210,7 +220,7 @@ def restoring(sequences: Seq[Sequence], starts: Seq[int | None] | None = None) -
         for sequence, (tokens, length, entry_slice, tail), lists, _ in before:
             sequence._tokens = tokens
             del tokens[length:]
-            sequence._rows, sequence._drafted, sequence._proposals = lists
+            sequence._rows, sequence._drafted, sequence._proposals, sequence._verified = lists
             sequence.slot.entries = 0
             sequence.slot.entry_slice, sequence.slot.tail = entry_slice, tail
         for sequence, (_, length, _, _), _, saved in before:

@@ -9,13 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from cascade.architecture import Architecture
 from cascade.cache import Cache, Journal
 from cascade.forward import Feed, forward, logits
 from cascade.weights import ModelWeights
+
+if TYPE_CHECKING:
+    from cascade.graphs import Decoder
 
 
 class Runner:
@@ -47,9 +52,21 @@ class Runner:
         """One token a row into the resident journal; logits [R, V] fp32 of the token after it."""
         return self.logits(writer, torch.cat(self.hidden(writer, cache, cache.journal, feeds)))
 
+    def verify(self, writer: int, cache: Cache, feeds: Sequence[Feed]) -> Tensor:
+        """Several tokens a row into the resident journal; logits [n, V] fp32 after each of them."""
+        return self.logits(writer, torch.cat(self.hidden(writer, cache, cache.journal, feeds)))
 
-def runner_for(kernels: ModuleType, views: Sequence[ModelWeights]) -> Runner:
+    def chain(self, cache: Cache, rows: int) -> Decoder | None:
+        """What drafts greedily without the host in between; None where nothing does."""
+        return None
+
+
+def runner_for(arch: Architecture, kernels: ModuleType, views: Sequence[ModelWeights]) -> Runner:
     """The runner that goes with the kernels that `kernels.load` has chosen."""
+    if kernels.CAPTURABLE:
+        from cascade.graphs import GraphRunner
+
+        return GraphRunner(views, arch, kernels)
     if kernels.__name__ == "cascade.kernels.cpu":
         from cascade.cpu import CpuRunner
 

@@ -112,6 +112,13 @@ class Sampler:
         params = GREEDY if params is None else params
         return cls(params) if params.seed is None else cls(params, params.seed)
 
+    @property
+    def is_argmax(self) -> bool:
+        """Whether the next id is the likeliest one, whatever came before."""
+        p = self.params
+        plain = p.repetition_penalty == 1 and not p.logit_bias
+        return p.greedy and plain and not (self.ends and p.min_tokens)
+
     def distribution(self, logits: Tensor, tokens: Seq[int]) -> Tensor:
         """Probabilities [V] of the next token after `tokens`, every filter applied.
 

@@ -62,6 +62,7 @@ class Sequence:
         # Logits [V] by the slice that ran last: row i predicts token number length + i.
         self._rows: list[Tensor] = []
         self._proposals: list[Tensor | None] = []  # None where no other id was possible
+        self._verified = False  # whether the slice that ran last was asked to verify all of them
         self._slot: Slot | None = cache.allocate()
 
     # ---- what is known ----
@@ -232,7 +233,7 @@ class Sequence:
         slot.entries = min(slot.entries, committed)
         # A copy: a view would keep the logits of a whole pass alive.
         self._rows = [row.clone() for row in self._rows[:1] if slot.entries == committed]
-        self._drafted, self._proposals = [], []
+        self._drafted, self._proposals, self._verified = [], [], False
 
     def close(self) -> None:
         """Give the slot back. Closing twice is allowed."""

@@ -8,6 +8,7 @@ the size of the journal, so that a wrong number never touches foreign memory.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 
 import torch
@@ -53,6 +54,32 @@ def index(name: str, tensor: Tensor, length: int) -> int:
     return array(name, tensor, INDEX, (length,))
 
 
+def strided(
+    name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], shape: Sequence[int]
+) -> tuple[int, ...]:
+    """Address and strides (but the last) of `tensor`, which may be a view of whole lines.
+
+    Its last dimension must be dense, and address and strides multiples of 16 bytes.
+    """
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(str(dtype) for dtype in dtypes)
+        raise KernelArgumentError(f"{name} is {tensor.dtype}; expected {wanted}")
+    if tensor.shape != shape:
+        raise KernelArgumentError(
+            f"{name} has shape {tuple(tensor.shape)}; expected {tuple(shape)}"
+        )
+    *outer, last = tensor.stride()
+    if last != 1 and shape[-1] > 1:
+        raise KernelArgumentError(
+            f"{name} has strides {tensor.stride()}; expected lines, the last 1"
+        )
+    address, size = tensor.data_ptr(), tensor.element_size()
+    aligned(name, address)
+    for stride in outer:
+        multiple(f"a stride of {name}, in bytes,", stride * size, 16)
+    return address, *outer
+
+
 def aligned(name: str, address: int) -> None:
     """Vector loads need addresses that are multiples of 16 bytes, as torch allocates them."""
     if address % 16:
@@ -88,3 +115,9 @@ def one_gpu(*tensors: Tensor) -> int:
 def unit(*counts: int) -> int:
     """The widest of 16, 4 and 2 bytes that divides every one of `counts` bytes."""
     return next(size for size in (16, 4, 2, 1) if not any(count % size for count in counts))
+
+
+def float_bits(value: float) -> int:
+    """The bits of an fp32 number as an integer: arguments of a kernel are 8 bytes each."""
+    bits: int = struct.unpack("i", struct.pack("f", value))[0]
+    return bits

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from cascade.kernels import overlap
+
 FOLDER = Path(__file__).parent
 OPTIONS = ("-std=c++17",)
 
@@ -23,10 +25,17 @@ _INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
 
 
 @cache
-def source(stem: str) -> str:
+def source(stem: str, leave_out: tuple[str, ...] = ()) -> str:
     """The text of `stem`.cu with the `.cuh` files it includes, so that CuPy's cache sees them."""
-    text = (FOLDER / f"{stem}.cu").read_text()
-    return _INCLUDE.sub(lambda match: (FOLDER / match[1]).read_text(), text)
+    seen = set(leave_out)
+
+    def include(match: re.Match[str]) -> str:
+        if match[1] in seen:
+            return ""
+        seen.add(match[1])
+        return _INCLUDE.sub(include, (FOLDER / match[1]).read_text())
+
+    return _INCLUDE.sub(include, (FOLDER / f"{stem}.cu").read_text()).replace("#pragma once", "")
 
 
 @cache
@@ -34,6 +43,12 @@ def _module(stem: str) -> Any:
     import cupy
 
     return cupy.RawModule(code=source(stem), options=OPTIONS)
+
+
+@cache
+def multiprocessors(device: int) -> int:
+    """Multiprocessors of a CUDA device: the blocks of a kernel that keeps one on each."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 class _TorchStream:
@@ -53,11 +68,18 @@ def _stream(address: int) -> Any:
     return cupy.cuda.Stream.from_external(_TorchStream(address))
 
 
-class Kernel:
-    """One entry point of a `.cu` file; `arguments` is how many members its struct has."""
+PLAIN_SHARED = 48 * 1024  # dynamic shared memory that a kernel may have without asking
 
-    def __init__(self, stem: str, entry: str, arguments: int) -> None:
-        self.stem, self.entry = stem, entry
+
+class Kernel:
+    """One entry point of a `.cu` file; `arguments` is how many members its struct has.
+
+    overlaps: whether it may begin while the kernel before it runs (`overlap`)
+    """
+
+    def __init__(self, stem: str, entry: str, arguments: int, *, overlaps: bool = False) -> None:
+        self.stem, self.entry, self.overlaps = stem, entry, overlaps
+        self._shared = PLAIN_SHARED
         self._pack = struct.Struct(f"{arguments}q").pack
         self._dtype: Any = f"V{8 * arguments}"  # opaque bytes; CuPy passes one such value
         self._function: Any = None
@@ -80,7 +102,14 @@ class Kernel:
             return
         if self._function is None:
             self._load()
-        stream = _stream(torch.cuda.current_stream(device).cuda_stream)
+        if shared > self._shared:
+            self._function.max_dynamic_shared_size_bytes = self._shared = shared
+        stream_address = torch.cuda.current_stream(device).cuda_stream
+        if self.overlaps and overlap.is_supported(device):
+            address = self._function.kernel.ptr
+            overlap.launch(address, stream_address, grid, block, self._pack(*values), shared)
+            return
+        stream = _stream(stream_address)
         argument = self._frombuffer(self._pack(*values), self._dtype)
         self._function(grid, block, (argument,), shared_mem=shared, stream=stream)
 

@@ -30,6 +30,7 @@ from cascade import passes
 from cascade.batch import Batch
 from cascade.cache import Cache
 from cascade.errors import SequenceError
+from cascade.graphs import GraphRunner
 from cascade.kernels.reference import cache_digest
 from cascade.model import ElasticModel
 from cascade.sequence import MODES, Consistency, Sequence
@@ -376,6 +377,13 @@ def test_every_verb_keeps_the_cache_consistent_in_every_mode(
     run(elastic(parent("M*E*M")), monkeypatch)
 
 
+def test_short_passes_and_drafting_ahead_keep_it_consistent_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The route of a GPU, its kernels in plain PyTorch."""
+    run(elastic(parent("M*E-M")), monkeypatch, GraphRunner)
+
+
 @pytest.mark.gpu
 def test_the_cuda_kernels_keep_it_consistent_too(monkeypatch: pytest.MonkeyPatch) -> None:
     model = elastic(parent("M*E*M").cuda())
@@ -383,9 +391,13 @@ def test_the_cuda_kernels_keep_it_consistent_too(monkeypatch: pytest.MonkeyPatch
     run(model, monkeypatch)
 
 
-def run(model: ElasticModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def run(
+    model: ElasticModel, monkeypatch: pytest.MonkeyPatch, runner: type[GraphRunner] | None = None
+) -> None:
     kernels = FaultyKernels(model.kernels)
     monkeypatch.setattr(model, "kernels", kernels)
+    if runner is not None:
+        monkeypatch.setattr(model, "runner", runner(model.runner.views, model.arch, kernels))
     # So small that short sequences take the long paths as well.
     monkeypatch.setattr(passes, "PREFILL_CHUNK", 5)
     monkeypatch.setattr(passes, "SNAPSHOT_INTERVAL", 8)

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+
+from tests.kernels import emulator
 
 
 @pytest.fixture
@@ -20,3 +24,48 @@ def cuda() -> ModuleType:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(1234)
+
+
+@pytest.fixture(scope="session")
+def _emulator(tmp_path_factory: pytest.TempPathFactory) -> emulator.Emulator:
+    if emulator.COMPILER is None:
+        pytest.skip("no g++ here, which runs CUDA C++ without a GPU")
+    return emulator.Emulator(tmp_path_factory.mktemp("emulator"))
+
+
+@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where a kernel written in CUDA C++ runs: on a GPU, or thread by thread on this processor."""
+    if request.param == "gpu":
+        yield "cuda"
+        return
+    found: emulator.Emulator = request.getfixturevalue("_emulator")
+    with pytest.MonkeyPatch.context() as patch:
+        found.install(patch)
+        yield "cpu"
+
+
+@pytest.fixture
+def short() -> Any:
+    """The launchers of a short pass's kernels."""
+    from cascade.kernels.choose_experts import choose_experts
+    from cascade.kernels.embed_tokens import embed_tokens
+    from cascade.kernels.experts_down import experts_down
+    from cascade.kernels.experts_up import experts_up
+    from cascade.kernels.group_norm import group_norm
+    from cascade.kernels.mamba_step import mamba_step
+    from cascade.kernels.pick_tokens import pick_tokens
+    from cascade.kernels.skinny_linear import skinny_linear
+    from cascade.kernels.slot_attention import slot_attention
+
+    return SimpleNamespace(
+        choose_experts=choose_experts,
+        embed_tokens=embed_tokens,
+        experts_down=experts_down,
+        experts_up=experts_up,
+        group_norm=group_norm,
+        mamba_step=mamba_step,
+        pick_tokens=pick_tokens,
+        skinny_linear=skinny_linear,
+        slot_attention=slot_attention,
+    )

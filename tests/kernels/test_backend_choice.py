@@ -27,7 +27,7 @@ def test_every_backend_has_the_same_functions_and_signatures(backend: Backend) -
     if backend == "cuda":
         pytest.importorskip("cupy")
     kernels = load(backend, backend)
-    for name, function in inspect.getmembers(reference, inspect.isfunction):
-        if name.startswith("_") or function.__module__ != reference.__name__:
-            continue
-        assert inspect.signature(getattr(kernels, name)) == inspect.signature(function), name
+    for name in reference.__all__:
+        function = getattr(reference, name)
+        if callable(function):
+            assert inspect.signature(getattr(kernels, name)) == inspect.signature(function), name

@@ -32,7 +32,7 @@ def test_compiles(stem: str, tmp_path: Path) -> None:
         pytest.skip("no nvcc on this machine")
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
     source = tmp_path / f"{stem}.cu"
-    source.write_text(compiler.source(stem).replace("#pragma once", ""))
+    source.write_text(compiler.source(stem))
     result = subprocess.run(
         [nvcc, *compiler.OPTIONS, *targets, "-fatbin", "-o", str(tmp_path / "out"), str(source)],
         capture_output=True,

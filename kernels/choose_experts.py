@@ -1,0 +1,70 @@
+"""Launcher of choose_experts.cu."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cascade.kernels import checks
+from cascade.kernels.compiler import Kernel
+from cascade.kernels.plan import Plan
+
+THREADS = 256  # as in the .cu
+LARGEST_EXPERTS, LARGEST_CHOICE = 256, 32
+
+_FP32, INT32 = (torch.float32,), (torch.int32,)
+_KERNEL = Kernel("choose_experts", "choose", 19, overlaps=True)
+
+
+def choose_experts(
+    logits: Tensor,
+    bias: Tensor,
+    counts: Tensor,
+    top_k: int,
+    normalise: bool,
+    scale: float,
+    plan: Plan,
+) -> None:
+    """Fill `plan` with the top-k experts of every token that counts.
+
+    See reference_decode.choose_experts. At most 256 experts. Items beyond what `plan` holds are
+    left out; `Plan.empty` holds all that can be.
+    """
+    tokens, experts = checks.sizes("logits", logits, "n E")
+    rows, pairs = counts.numel(), tokens * top_k
+    checks.within("the number of experts E", experts, 1, LARGEST_EXPERTS)
+    checks.within("top_k", top_k, 1, min(experts, LARGEST_CHOICE))
+    checks.multiple("the number of tokens", tokens, max(rows, 1))
+    held = checks.sizes("plan.items", plan.items, "3 I")[1]
+    places = (
+        checks.array("logits", logits, _FP32, (tokens, experts)),
+        checks.array("bias", bias, _FP32, (experts,)),
+        checks.index("counts", counts, rows),
+        checks.array("plan.items", plan.items, INT32, (3, held)),
+        checks.array("plan.counts", plan.counts, INT32, (2,)),
+        checks.array("plan.tokens", plan.tokens, INT32, (pairs,)),
+        checks.array("plan.weights", plan.weights, _FP32, (pairs,)),
+        checks.array("plan.chosen", plan.chosen, INT32, (pairs,)),
+        checks.array("plan.shares", plan.shares, _FP32, (pairs,)),
+        checks.array("plan.bits", plan.bits, INT32, (experts, -(-tokens // 32))),
+        checks.array("plan.arrived", plan.arrived, INT32, (1,)),
+    )
+    device = checks.one_gpu(logits, bias, counts, *plan[:8])
+    if not (tokens and rows):
+        return
+    _KERNEL.launch(
+        device,
+        (-(-tokens // (THREADS // 32)), 1, 1),
+        (THREADS, 1, 1),
+        (
+            *places,
+            tokens // rows,
+            tokens,
+            experts,
+            top_k,
+            plan.item_tokens,
+            held,
+            int(normalise),
+            checks.float_bits(scale),
+        ),
+    )

@@ -1,0 +1,149 @@
+// x += sum over a token's experts of weight * down(inner), and down(inner) of the shared expert.
+//
+// A block owns a share of the channels of the result for all tokens and goes through every item of
+// choose_experts: each weight is read once, and nothing is added up through memory. Its warps take
+// equal shares of all steps, whatever expert these belong to.
+#include "tile_stream.cuh"
+
+struct Arguments {
+    bf16* x;                   // [tokens, hidden], rows x_stride apart
+    const bf16* inner;         // [pairs, width]
+    const bf16* down;          // [experts, hidden, width], strides apart
+    const bf16* shared_inner;  // [tokens, shared width]
+    const bf16* shared_down;   // [hidden, shared width], rows shared_stride apart
+    const int* items;          // [3, items held]: expert, first pair, pairs
+    const int* counts;
+    const int* pair_token;
+    const float* pair_weight;
+    long long x_stride, tokens, hidden, width, expert_stride, row_stride;
+    long long shared_width, shared_stride, items_held;
+};
+
+// A run of steps of one item, or of up to 8 * N tokens of the shared expert.
+struct Piece {
+    bool is_routed;
+    int item, begin, end;  // steps
+};
+
+// All steps of a tile: those of the items, then those of the shared expert.
+struct Plan {
+    int routed_steps, shared_steps, routed, total;
+
+    template <int N>
+    __device__ __forceinline__ static Plan of(const Arguments& a, int items) {
+        Plan plan;
+        plan.routed_steps = ((int)a.width + STEP - 1) / STEP;
+        plan.shared_steps = ((int)a.shared_width + STEP - 1) / STEP;
+        plan.routed = items * plan.routed_steps;
+        plan.total = plan.routed + ((int)a.tokens + 8 * N - 1) / (8 * N) * plan.shared_steps;
+        return plan;
+    }
+
+    // The piece that position [position, last) begins with.
+    __device__ __forceinline__ Piece at(int position, int last) const {
+        const bool is_routed = position < routed;
+        const int own = is_routed ? position : position - routed;
+        const int steps = is_routed ? routed_steps : shared_steps;
+        const int begin = own % steps;
+        return {is_routed, own / steps, begin, min(steps, begin + last - position)};
+    }
+};
+
+// grid = (multiprocessors); shared: the ring, then sums [WARPS, tokens, TILE] fp32
+template <int N>
+__device__ __forceinline__ void down(const Arguments& a) {
+    extern __shared__ uint4 shared[];
+    float* const sums = reinterpret_cast<float*>(shared + RING);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
+    const int tokens = (int)a.tokens;
+    float* const own = sums + warp * tokens * TILE;
+    // Written by the kernel before the one before, so there already; not what L1 has of it.
+    const Plan plan = Plan::of<N>(a, fresh(a.counts));
+    const int first_step = (int)((long long)plan.total * warp / WARPS);
+    const int last_step = (int)((long long)plan.total * (warp + 1) / WARPS);
+
+    Ring ring(shared);
+    Walk ahead(a.hidden, a.hidden);
+    Tile coming = ahead.next();
+    Piece piece = {false, 0, 0, 0};
+    Lines lines = {nullptr, nullptr};
+    int position = first_step, depth_ahead = 0, step = 0;
+    const auto more = [&] {
+        if (step >= piece.end) {
+            if (position >= last_step) coming = ahead.next(), position = first_step;
+            piece = {false, 0, 0, 0};
+            if (coming.height && position < last_step) {
+                piece = plan.at(position, last_step);
+                const long long stride = piece.is_routed ? a.row_stride : a.shared_stride;
+                const bf16* const first =
+                    (piece.is_routed ? a.down + fresh(a.items + piece.item) * a.expert_stride
+                                     : a.shared_down) +
+                    coming.row * stride;
+                lines.low = g < coming.height ? first + g * stride : nullptr;
+                lines.high = g + 8 < coming.height ? first + (g + 8) * stride : nullptr;
+                depth_ahead = (int)(piece.is_routed ? a.width : a.shared_width);
+                position += piece.end - piece.begin;
+            }
+            step = piece.begin;
+        }
+        ring.issue(lines, step, step < piece.end, depth_ahead);
+        step++;
+    };
+#pragma unroll 1
+    for (int i = 0; i < STAGES; i++) more();
+    wait_for_inputs();
+    let_next_start();
+
+    Walk walk(a.hidden, a.hidden);
+    for (Tile tile = walk.next(); tile.height; tile = walk.next()) {
+        for (int i = lane; i < tokens * TILE; i += 32) own[i] = 0.f;
+        __syncwarp();
+        for (int at = first_step; at < last_step;) {
+            const Piece now = plan.at(at, last_step);
+            const int depth = (int)(now.is_routed ? a.width : a.shared_width);
+            const long long first = now.is_routed ? a.items[a.items_held + now.item] : now.item * 8 * N;
+            const int count =
+                now.is_routed ? a.items[2 * a.items_held + now.item] : min(8 * N, tokens - (int)first);
+            const bf16* const source = now.is_routed ? a.inner : a.shared_inner;
+            const bf16* x[N];
+#pragma unroll
+            for (int n = 0; n < N; n++)
+                x[n] = n * 8 + g < count ? source + (first + n * 8 + g) * depth : nullptr;
+            float sum[N][4] = {};
+            Plain plain;
+            multiply(sum, ring, x, now.begin, now.end, depth, plain, more);
+#pragma unroll
+            for (int n = 0; n < N; n++)
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const int pair = n * 8 + lane % 4 * 2 + i;
+                    if (pair >= count) continue;
+                    const int token =
+                        now.is_routed ? a.pair_token[first + pair] : (int)first + pair;
+                    const float weight = now.is_routed ? a.pair_weight[first + pair] : 1.f;
+                    own[token * TILE + g] += sum[n][i] * weight;
+                    own[token * TILE + g + 8] += sum[n][i + 2] * weight;
+                }
+            __syncwarp();
+            at += now.end - now.begin;
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < tokens * TILE; i += THREADS) {
+            const int token = i / TILE, row = i % TILE;
+            if (row >= tile.height) continue;
+            float sum = 0.f;
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) sum += sums[w * tokens * TILE + i];
+            bf16* const out = a.x + token * a.x_stride + tile.row + row;
+            *out = (bf16)narrow(widen(*out) + sum);
+        }
+        __syncthreads();
+    }
+}
+
+#define ENTRY(name, N)                                                                 \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2) name(const Arguments a) { \
+        down<N>(a);                                                                    \
+    }
+ENTRY(down_8, 1)
+ENTRY(down_16, 2)

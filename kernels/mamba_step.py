@@ -1,0 +1,131 @@
+"""Launcher of mamba_step.cu."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cascade.kernels import checks
+from cascade.kernels.compiler import Kernel
+
+TAPS = 4  # as in the .cu
+QUERIES = {"decode": 1, "verify": 8}  # tokens read out at once
+SIZES = (16, 32, 64, 128)  # state sizes N
+LARGEST_SHARED = 200 * 1024
+
+_BF16, _FP32 = (torch.bfloat16,), (torch.float32,)
+_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_KERNELS = {
+    (route, state, size): Kernel(
+        "mamba_step", f"{route}_{_NAMES[state]}_{size}", 25, overlaps=True
+    )
+    for route in QUERIES
+    for state in checks.STORED
+    for size in SIZES
+}
+
+
+def largest_size(head_dim: int) -> int:
+    """The state size that goes with a head dim: two channels of P + 2 N a thread of 4 P."""
+    return 7 * head_dim // 2
+
+
+def shared_bytes(entries: int, head_dim: int, size: int, queries: int = 8) -> int:
+    """Shared memory of a block for journals of `entries` tokens."""
+    numbers = queries * (size + entries + -(-4 * head_dim // 32)) + 2 * entries
+    return 4 * numbers + 2 * entries * (head_dim + size)
+
+
+def mamba_step(
+    projected: Tensor,
+    state: Tensor,
+    window: Tensor,
+    journal: tuple[Tensor, Tensor, Tensor],
+    conv: Tensor,
+    conv_bias: Tensor | None,
+    dt_bias: Tensor,
+    decay: Tensor,
+    skip: Tensor,
+    min_step: float,
+    slots: Tensor,
+    sources: Tensor,
+    entries: Tensor,
+    counts: Tensor,
+    out: Tensor,
+    squares: Tensor,
+) -> None:
+    """One Mamba-2 layer between its projections, for the tokens of a short pass.
+
+    See reference_decode.mamba_step. bf16 but for the state (fp32 or bf16), `dt` and `decay`; four
+    taps, N of 16, 32, 64 or 128, P a multiple of 8 and at most 64. A row of a negative slot, or
+    whose tokens do not fit into the journal, is left out.
+    """
+    inputs, scanned, dt = journal
+    slots_held, heads, head_dim, size = checks.sizes("state", state, "S H P N")
+    sources_held, held, channels = checks.sizes("inputs", inputs, "S' J C")
+    rows = slots.numel()
+    tokens, columns = checks.sizes("projected", projected, "n W")
+    inner = heads * head_dim
+    groups, rest = divmod(channels - inner, 2 * size)
+    if rest or groups < 1 or heads % groups or columns != inner + channels + heads:
+        raise checks.KernelArgumentError(
+            f"inputs have {channels} channels and projected {columns} columns; expected "
+            f"{inner} + 2 G * {size} with G a divisor of {heads}, and {inner} + C + {heads}"
+        )
+    if size not in SIZES:
+        raise checks.KernelArgumentError(f"the state size N is {size}; expected one of {SIZES}")
+    checks.within("the head dim P", head_dim, 8, 64)
+    checks.multiple("the head dim P", head_dim, 8)
+    checks.within("the state size N", size, 1, largest_size(head_dim))
+    checks.within("the number of taps", conv.shape[-1], TAPS, TAPS)
+    checks.multiple("the number of tokens", tokens, max(rows, 1))
+    address, stride = checks.strided("projected", projected, _BF16, (tokens, columns))
+    route = "decode" if tokens == rows else "verify"
+    shared = shared_bytes(held, head_dim, size, QUERIES[route])
+    checks.within("the journal's entries J, by shared memory,", shared, 0, LARGEST_SHARED)
+    lines = sources_held, held
+    states = checks.array("state", state, checks.STORED, state.shape)
+    checks.aligned("state", states)
+    places = (
+        states,
+        checks.array("window", window, _BF16, (slots_held, TAPS - 1, channels)),
+        checks.array("inputs", inputs, _BF16, (*lines, channels)),
+        checks.array("scanned", scanned, _BF16, (*lines, inner + groups * size)),
+        checks.array("dt", dt, _FP32, (*lines, heads)),
+        checks.array("conv", conv, _BF16, (channels, TAPS)),
+        0 if conv_bias is None else checks.array("conv_bias", conv_bias, _BF16, (channels,)),
+        checks.array("dt_bias", dt_bias, _BF16, (heads,)),
+        checks.array("decay", decay, _FP32, (heads,)),
+        checks.array("skip", skip, _BF16, (heads,)),
+        checks.array("out", out, _BF16, (tokens, inner)),
+        checks.array("squares", squares, _FP32, (tokens, heads)),
+        checks.index("slots", slots, rows),
+        checks.index("sources", sources, rows),
+        checks.index("entries", entries, rows),
+        checks.index("counts", counts, rows),
+    )
+    given = [] if conv_bias is None else [conv_bias]
+    device = checks.one_gpu(
+        projected, state, window, *journal, conv, *given, dt_bias, decay, skip, slots, sources,
+        entries, counts, out, squares,
+    )  # fmt: skip
+    if not (rows and tokens and heads):
+        return
+    _KERNELS[route, state.dtype, size].launch(
+        device,
+        (heads, rows, 1),
+        (4 * head_dim, 1, 1),
+        (
+            address,
+            *places,
+            stride,
+            tokens // rows,
+            slots_held,
+            sources_held,
+            held,
+            heads,
+            groups,
+            checks.float_bits(min_step),
+        ),
+        shared,
+    )

@@ -1,0 +1,66 @@
+// The most likely token of each row of logits, the lowest among equals; -1 where any is not finite.
+#include "ptx.cuh"
+
+typedef unsigned long long u64;
+
+struct Arguments {
+    const float* logits;     // [R, size], rows stride apart
+    long long* picked;       // [R]
+    long long* latest;       // [S]: by slot
+    const long long* slots;  // [R]
+    u64* best;               // [R, blocks], scratch
+    unsigned* arrived;       // [R], zero before and after
+    long long size, stride, slots_held;
+};
+
+constexpr int THREADS = 256;
+constexpr u64 BROKEN = ~0ull;
+
+// Orders like the logits, and among equals the lower index is larger.
+__device__ __forceinline__ u64 key_of(float value, long long index) {
+    if (!(fabsf(value) <= 3.402823466e38f)) return BROKEN;
+    const unsigned bits = __float_as_uint(value);
+    const unsigned ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    return (u64)ordered << 32 | (0xfffffffeu - (unsigned)index);
+}
+
+__device__ __forceinline__ u64 block_max(u64 best) {
+    __shared__ u64 warps[THREADS / 32];
+    for (int step = 16; step; step /= 2) best = max(best, __shfl_xor_sync(~0u, best, step));
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = best;
+    __syncthreads();
+    for (int i = 0; i < THREADS / 32; i++) best = max(best, warps[i]);
+    __syncthreads();
+    return best;
+}
+
+// grid = (blocks, R)
+extern "C" __global__ void __launch_bounds__(THREADS) pick(const Arguments a) {
+    __shared__ bool is_last;
+    wait_for_inputs();
+    let_next_start();
+    const long long row = blockIdx.y;
+    const float* const logits = a.logits + row * a.stride;
+    u64 best = 0;
+    for (long long i = (long long)blockIdx.x * THREADS + threadIdx.x; i < a.size;
+         i += (long long)gridDim.x * THREADS)
+        best = max(best, key_of(logits[i], i));
+    best = block_max(best);
+    if (threadIdx.x == 0) {
+        a.best[row * gridDim.x + blockIdx.x] = best;
+        __threadfence();
+        is_last = atomicInc(&a.arrived[row], gridDim.x - 1) == gridDim.x - 1;
+    }
+    __syncthreads();
+    if (!is_last) return;
+    __threadfence();
+    best = 0;
+    for (int i = threadIdx.x; i < gridDim.x; i += THREADS)
+        best = max(best, *(volatile u64*)&a.best[row * gridDim.x + i]);
+    best = block_max(best);
+    if (threadIdx.x) return;
+    const long long token = best == BROKEN ? -1ll : (long long)(0xfffffffeu - (unsigned)best);
+    const long long slot = a.slots[row];
+    a.picked[row] = token;
+    if (slot >= 0 && slot < a.slots_held) a.latest[slot] = token;
+}

@@ -1,0 +1,50 @@
+"""Launcher of pick_tokens.cu."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from cascade.kernels import checks
+from cascade.kernels.compiler import Kernel
+
+THREADS, BLOCKS = 256, 32
+
+_FP32 = (torch.float32,)
+_KERNEL = Kernel("pick_tokens", "pick", 9, overlaps=True)
+
+
+def pick_tokens(logits: Tensor, picked: Tensor, latest: Tensor, slots: Tensor) -> None:
+    """The likeliest id of each row, also by slot; -1 where a logit is not finite.
+
+    See reference_decode.pick_tokens. One call at a time on a device.
+    """
+    rows, size = checks.sizes("logits", logits, "R V")
+    address, stride = checks.strided("logits", logits, _FP32, (rows, size))
+    slots_held = latest.numel()
+    places = (
+        checks.index("picked", picked, rows),
+        checks.index("latest", latest, slots_held),
+        checks.index("slots", slots, rows),
+    )
+    device = checks.one_gpu(logits, picked, latest, slots)
+    if not (rows and size):
+        return
+    best, arrived = _scratch(logits.device, rows)
+    _KERNEL.launch(
+        device,
+        (BLOCKS, rows, 1),
+        (THREADS, 1, 1),
+        (address, *places, best.data_ptr(), arrived.data_ptr(), size, stride, slots_held),
+    )
+
+
+@cache
+def _scratch(device: torch.device, rows: int) -> tuple[Tensor, Tensor]:
+    """What blocks found, and how many have: zero before and after every call."""
+    return (
+        torch.zeros(rows, BLOCKS, dtype=torch.int64, device=device),
+        torch.zeros(rows, dtype=torch.int32, device=device),
+    )

@@ -1,0 +1,54 @@
+"""Which experts a short pass runs for which of its tokens."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Plan(NamedTuple):
+    """Which experts run for which tokens: (token, expert) pairs by expert, cut into items.
+
+    items:   [3, I] int32: expert, first pair and number of pairs, at most `item_tokens`
+    counts:  [2] int32: items that are there, distinct experts
+    tokens:  [n * k] int32, the pairs' tokens, ascending within an expert
+    weights: [n * k] fp32
+    chosen, shares [n * k], bits [E, words of 32 tokens], arrived [1]: scratch; bits and arrived are
+             zero before and after every use
+    """
+
+    items: Tensor
+    counts: Tensor
+    tokens: Tensor
+    weights: Tensor
+    chosen: Tensor
+    shares: Tensor
+    bits: Tensor
+    arrived: Tensor
+    item_tokens: int
+
+    @classmethod
+    def empty(cls, tokens: int, experts: int, top_k: int, device: torch.device) -> Plan:
+        item_tokens = 8 if tokens <= 64 else 16
+        held = min(tokens * top_k, experts + tokens * top_k // item_tokens)
+        pairs, words = tokens * top_k, -(-tokens // 32)
+
+        def integers(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        def numbers(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float32, device=device)
+
+        return cls(
+            items=integers(3, held),
+            counts=integers(2),
+            tokens=integers(pairs),
+            weights=numbers(pairs),
+            chosen=integers(pairs),
+            shares=numbers(pairs),
+            bits=integers(experts, words),
+            arrived=integers(1),
+            item_tokens=item_tokens,
+        )

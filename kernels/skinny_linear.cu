@@ -1,0 +1,170 @@
+// x W^T for few tokens and up to three matrices W at once, after a norm of x if there is one.
+#include "tile_stream.cuh"
+
+constexpr int PARTS = 3;
+enum Kind { STORE, STORE_F32, RELU2, ADD };
+// Of x: none; over all columns; over groups of columns, one group a warp; over any groups, whose sums
+// of squares are given.
+enum Norm { NONE, WHOLE, WARPWISE, GIVEN };
+
+struct Arguments {
+    const bf16* x;      // [tokens, depth], rows x_stride apart
+    const bf16* norm;   // [depth]
+    const float* sums;  // [tokens, groups, summands] of squares
+    const bf16* weight[PARTS];
+    void* out[PARTS];
+    long long weight_stride[PARTS], rows[PARTS], out_stride[PARTS], kind[PARTS];
+    long long x_stride, tokens, depth, groups, summands, eps;
+};
+
+// Tokens times the norm's weight and the factor of their group of columns.
+template <int N>
+struct Grouped {
+    const bf16* norm;
+    const float* factors;  // [N * 8, groups]
+    int groups, width;     // columns of a group
+
+    __device__ __forceinline__ uint4 norm_at(int k, bool inside) const {
+        return load_norm(norm, k, inside);
+    }
+
+    __device__ __forceinline__ uint4 operator()(int n, const uint4& v, const uint4& weight,
+                                                int k) const {
+        // Behind the last column v is zero and any factor will do.
+        const int group = min(k / width, groups - 1);
+        const float factor = factors[(n * 8 + threadIdx.x % 32 / 4) * groups + group];
+        float x[8], w[8];
+        unpack(v, x);
+        unpack(weight, w);
+#pragma unroll
+        for (int i = 0; i < 8; i++) x[i] = x[i] * factor * w[i];
+        return pack(x);
+    }
+};
+
+// Which matrix a row of all of them belongs to; `row` becomes its row in there.
+__device__ __forceinline__ int part_of(const Arguments& a, long long& row) {
+    int part = 0;
+    while (part < PARTS - 1 && row >= a.rows[part]) row -= a.rows[part++];
+    return part;
+}
+
+__device__ __forceinline__ const bf16* line_of(const Arguments& a, const Tile& tile, int row) {
+    if (row >= tile.height) return nullptr;
+    long long place = tile.row + row;
+    const int part = part_of(a, place);
+    return a.weight[part] + place * a.weight_stride[part];
+}
+
+__device__ __forceinline__ void write(const Arguments& a, long long token, long long row, float value) {
+    const int part = part_of(a, row);
+    const long long place = token * a.out_stride[part] + row;
+    bf16* const out = static_cast<bf16*>(a.out[part]);
+    switch (a.kind[part]) {
+        case STORE: out[place] = (bf16)narrow(value); break;
+        case STORE_F32: static_cast<float*>(a.out[part])[place] = value; break;
+        case RELU2: out[place] = (bf16)narrow(relu_squared(widen((bf16)narrow(value)))); break;
+        case ADD: out[place] = (bf16)narrow(widen(out[place]) + value); break;
+    }
+}
+
+// grid = (multiprocessors); shared: the ring, then factors [N * 8, groups] where sums are given
+template <int N, Norm NORM>
+__device__ __forceinline__ void product(const Arguments& a) {
+    __shared__ Gathered<N> gathered[2];
+    extern __shared__ uint4 shared[];
+    float* const factors = reinterpret_cast<float*>(shared + RING);
+    const int depth = (int)a.depth, lane = threadIdx.x % 32, g = lane / 4;
+    const float eps = __int_as_float((int)a.eps);
+    long long total = 0;
+    for (int part = 0; part < PARTS; part++) total += a.rows[part];
+    int begin, end;
+    share_of((depth + STEP - 1) / STEP, begin, end);
+
+    Ring ring(shared);
+    Walk ahead(total, total);
+    Tile coming = {0, 0};
+    Lines lines = {nullptr, nullptr};
+    int step = end;
+    const auto more = [&] {
+        if (step >= end) {
+            coming = ahead.next();
+            lines = {line_of(a, coming, g), line_of(a, coming, g + 8)};
+            step = begin;
+        }
+        ring.issue(lines, step, coming.height && step < end, depth);
+        step++;
+    };
+#pragma unroll 1
+    for (int i = 0; i < STAGES; i++) more();
+    wait_for_inputs();
+    let_next_start();
+
+    if constexpr (NORM == GIVEN) {
+        const int groups = (int)a.groups, summands = (int)a.summands;
+        for (int i = threadIdx.x; i < N * 8 * groups; i += THREADS) {
+            const long long token = min((long long)(i / groups), a.tokens - 1);
+            const float* const own = a.sums + (token * groups + i % groups) * summands;
+            float squares = 0.f;
+            for (int j = 0; j < summands; j++) squares += own[j];
+            factors[i] = rsqrtf(squares * groups / depth + eps);
+        }
+        __syncthreads();
+    }
+    const bf16* x[N];
+#pragma unroll
+    for (int n = 0; n < N; n++)
+        x[n] = n * 8 + g < a.tokens ? a.x + (n * 8 + g) * a.x_stride : nullptr;
+
+    Walk walk(total, total);
+    int turn = 0;
+    for (Tile tile = walk.next(); tile.height; tile = walk.next(), turn ^= 1) {
+        float sum[N][4] = {};
+        if constexpr (NORM == NONE) {
+            Plain plain;
+            multiply(sum, ring, x, begin, end, depth, plain, more);
+        } else if constexpr (NORM == GIVEN) {
+            Grouped<N> grouped{a.norm, factors, (int)a.groups, depth / (int)a.groups};
+            multiply(sum, ring, x, begin, end, depth, grouped, more);
+        } else {
+            Normed<N> normed(a.norm);
+            multiply(sum, ring, x, begin, end, depth, normed, more);
+            if constexpr (NORM == WHOLE) gathered[turn].put_squares(normed.squares);
+            if constexpr (NORM == WARPWISE) {
+#pragma unroll
+                for (int n = 0; n < N; n++) {
+                    const float squares = over_four(normed.squares[n]);
+                    const float factor = rsqrtf(squares / ((end - begin) * STEP) + eps);
+                    const float first = __shfl_sync(~0u, factor, lane % 4 * 8);
+                    const float second = __shfl_sync(~0u, factor, lane % 4 * 8 + 4);
+                    sum[n][0] *= first, sum[n][1] *= second, sum[n][2] *= first, sum[n][3] *= second;
+                }
+            }
+        }
+        gathered[turn].put(sum);
+        __syncthreads();
+        for (int i = threadIdx.x; i < N * 8 * TILE; i += THREADS) {
+            const int row = i % TILE, token = i / TILE;
+            if (token >= a.tokens || row >= tile.height) continue;
+            const float factor = NORM == WHOLE ? gathered[turn].factor(token, depth, eps) : 1.f;
+            write(a, token, tile.row + row, gathered[turn].at(row, token) * factor);
+        }
+    }
+}
+
+#define ENTRY(name, N, NORM)                                                           \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2) name(const Arguments a) { \
+        product<N, NORM>(a);                                                           \
+    }
+ENTRY(none_8, 1, NONE)
+ENTRY(none_16, 2, NONE)
+ENTRY(none_32, 4, NONE)
+ENTRY(whole_8, 1, WHOLE)
+ENTRY(whole_16, 2, WHOLE)
+ENTRY(whole_32, 4, WHOLE)
+ENTRY(warpwise_8, 1, WARPWISE)
+ENTRY(warpwise_16, 2, WARPWISE)
+ENTRY(warpwise_32, 4, WARPWISE)
+ENTRY(given_8, 1, GIVEN)
+ENTRY(given_16, 2, GIVEN)
+ENTRY(given_32, 4, GIVEN)

@@ -1,0 +1,216 @@
+// Products of weights with few tokens: a stream of weights through each multiprocessor.
+//
+// A warp multiplies a tile of up to 16 rows of weights with up to 8 * N tokens. Lane 4 g + t holds 16
+// bytes of rows g and g + 8, and 16 bytes of token g: the eight columns that one lane holds make the
+// columns of two mma in another order, the same for weights and tokens, so nothing is shuffled.
+//
+// There is one block a multiprocessor. It owns an equal share of all rows and goes through it tile by
+// tile, its warps sharing the columns; the copies of coming tiles are always under way, in the shared
+// memory of the lane that will multiply them. Half of a multiprocessor's memory and registers are left
+// to the next kernel, which fills its own stream while this one runs (`wait_for_inputs`).
+#pragma once
+#include "numbers.cuh"
+#include "ptx.cuh"
+
+constexpr int TILE = 16;   // rows of weights
+constexpr int STEP = 32;   // columns of two mma
+constexpr int STAGES = 8;  // steps of weights under way, for each warp
+constexpr int WARPS = 8;
+constexpr int THREADS = 32 * WARPS;
+constexpr int RING = WARPS * STAGES * 2 * 32;  // pieces of 16 bytes
+
+// Rows g and g + 8 of a tile; null where there is no such row.
+struct Lines {
+    const bf16 *low, *high;
+};
+
+// Rows [row, row + height) that are multiplied at once.
+struct Tile {
+    long long row;
+    int height;
+};
+
+// The tiles of rows [row, last), as equal as can be; none goes over a multiple of `unit`.
+struct Walk {
+    long long row, last, unit;
+
+    __device__ __forceinline__ Walk(long long total, long long unit)
+        : row(total * blockIdx.x / gridDim.x), last(total * (blockIdx.x + 1) / gridDim.x), unit(unit) {}
+
+    __device__ __forceinline__ Tile next() {
+        if (row >= last) return {last, 0};
+        const int rest = (int)(min(last, (row / unit + 1) * unit) - row);
+        const int tiles = (rest + TILE - 1) / TILE, height = (rest + tiles - 1) / tiles;
+        row += height;
+        return {row - height, height};
+    }
+};
+
+// The steps of a warp: an equal share of all, in the order of memory.
+__device__ __forceinline__ void share_of(int steps, int& begin, int& end) {
+    const int warp = threadIdx.x / 32, each = (steps + WARPS - 1) / WARPS;
+    begin = min(warp * each, steps);
+    end = min(begin + each, steps);
+}
+
+// Weights under way: a lane copies what it will multiply itself, so nobody waits for anybody.
+struct Ring {
+    uint4* own;
+    int issued, used;
+
+    __device__ __forceinline__ explicit Ring(uint4* shared)
+        : own(shared + threadIdx.x / 32 * STAGES * 64 + threadIdx.x % 32), issued(0), used(0) {}
+
+    // Start the copies of one step, or of nothing.
+    __device__ __forceinline__ void issue(const Lines& lines, int step, bool is_there, int depth) {
+        if (is_there) {
+            const int k = step * STEP + threadIdx.x % 4 * 8;
+            uint4* const to = own + issued++ % STAGES * 64;
+            copy_async(to, lines.low + k, lines.low && k < depth);
+            copy_async(to + 32, lines.high + k, lines.high && k < depth);
+        }
+        close_group();
+    }
+
+    // The oldest step under way.
+    __device__ __forceinline__ void take(uint4& low, uint4& high) {
+        wait_for_group<STAGES - 1>();
+        const uint4* const from = own + used++ % STAGES * 64;
+        low = from[0], high = from[32];
+    }
+};
+
+// What a lane asks of its tokens at one time: pieces of `STEPS` steps, zeros behind the last column.
+template <int N, int STEPS>
+struct Tokens {
+    uint4 v[STEPS][N], norm[STEPS];
+
+    template <typename Prepare>
+    __device__ __forceinline__ void load(const bf16* const (&x)[N], int first, int end, int depth,
+                                         const Prepare& prepare) {
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+            const int k = (first + i) * STEP + threadIdx.x % 4 * 8;
+            const bool inside = first + i < end && k < depth;
+            norm[i] = prepare.norm_at(k, inside);
+#pragma unroll
+            for (int n = 0; n < N; n++)
+                v[i][n] = inside && x[n] ? *reinterpret_cast<const uint4*>(x[n] + k)
+                                         : make_uint4(0, 0, 0, 0);
+        }
+    }
+};
+
+// sum += weights * prepare(tokens) over steps [begin, end); `more` starts the copies of another step.
+template <int N, typename Prepare, typename More>
+__device__ __forceinline__ void multiply(float (&sum)[N][4], Ring& ring, const bf16* const (&x)[N],
+                                         int begin, int end, int depth, Prepare& prepare, More more) {
+    constexpr int STEPS = N <= 2 ? 4 : 1;
+#pragma unroll 1
+    for (int first = begin; first < end; first += STEPS) {
+        Tokens<N, STEPS> tokens;
+        tokens.load(x, first, end, depth, prepare);
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+            if (first + i >= end) break;
+            uint4 low, high;
+            ring.take(low, high);
+            const int k = (first + i) * STEP + threadIdx.x % 4 * 8;
+#pragma unroll
+            for (int n = 0; n < N; n++) {
+                const uint4 u = prepare(n, tokens.v[i][n], tokens.norm[i], k);
+                mma(sum[n], low.x, high.x, low.y, high.y, u.x, u.y);
+                mma(sum[n], low.z, high.z, low.w, high.w, u.z, u.w);
+            }
+            more();
+        }
+    }
+}
+
+// Tokens as they are.
+struct Plain {
+    __device__ __forceinline__ uint4 norm_at(int, bool) const { return make_uint4(0, 0, 0, 0); }
+    __device__ __forceinline__ uint4 operator()(int, const uint4& v, const uint4&, int) const {
+        return v;
+    }
+};
+
+__device__ __forceinline__ uint4 load_norm(const bf16* norm, int k, bool inside) {
+    return inside ? *reinterpret_cast<const uint4*>(norm + k) : make_uint4(0, 0, 0, 0);
+}
+
+// Tokens times the norm's weight; their squares are summed on the way, for a factor at the end.
+template <int N>
+struct Normed {
+    const bf16* norm;
+    float squares[N];
+
+    __device__ __forceinline__ explicit Normed(const bf16* norm) : norm(norm) {
+#pragma unroll
+        for (int n = 0; n < N; n++) squares[n] = 0.f;
+    }
+
+    __device__ __forceinline__ uint4 norm_at(int k, bool inside) const {
+        return load_norm(norm, k, inside);
+    }
+
+    __device__ __forceinline__ uint4 operator()(int n, const uint4& v, const uint4& w, int) {
+        float x[8];
+        unpack(v, x);
+#pragma unroll
+        for (int i = 0; i < 8; i++) squares[n] = fmaf(x[i], x[i], squares[n]);
+        return make_uint4(times(v.x, w.x), times(v.y, w.y), times(v.z, w.z), times(v.w, w.w));
+    }
+};
+
+// The sum of a value over the lanes of each group of four.
+__device__ __forceinline__ float over_four(float x) {
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// What the warps of a block have summed for one tile. Two of them by turns need one barrier a tile.
+template <int N>
+struct Gathered {
+    float sums[WARPS][N][4][32];
+    float squares[WARPS][N * 8];
+
+    __device__ __forceinline__ void put(const float (&sum)[N][4]) {
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) sums[warp][n][i][lane] = sum[n][i];
+    }
+
+    __device__ __forceinline__ void put_squares(const float (&own)[N]) {
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            const float whole = over_four(own[n]);
+            if (lane % 4 == 0) squares[warp][n * 8 + lane / 4] = whole;
+        }
+    }
+
+    // The norm's factor of a token.
+    __device__ __forceinline__ float factor(int token, int depth, float eps) const {
+        float sum = 0.f;
+#pragma unroll
+        for (int warp = 0; warp < WARPS; warp++) sum += squares[warp][token];
+        return rsqrtf(sum / depth + eps);
+    }
+
+    // The product of row `row` of the tile with token `token`.
+    __device__ __forceinline__ float at(int row, int token) const {
+        const int i = row / 8 * 2 + token % 2, lane = row % 8 * 4 + token % 8 / 2;
+        float sum = 0.f;
+#pragma unroll
+        for (int warp = 0; warp < WARPS; warp++) sum += sums[warp][token / 8][i][lane];
+        return sum;
+    }
+};
+
+__device__ __forceinline__ float relu_squared(float x) {
+    const float positive = fmaxf(x, 0.f);
+    return positive * positive;
+}

@@ -1,0 +1,319 @@
+"""The kernels of a short pass against their definitions in plain PyTorch, computed in fp32.
+
+On a GPU, and thread by thread on any machine with g++. Outputs hold NaN before each call, and so does
+what a kernel must not read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cascade.kernels import checks
+from cascade.kernels import reference_decode as reference
+from cascade.kernels.plan import Plan
+
+BF16, F32 = torch.bfloat16, torch.float32
+TOLERANCE = 1.2e-2  # of a relative norm; bf16 rounds to 2e-3, and squares twice that
+
+
+def normal(*shape: int, scale: float = 1.0, device: str = "cpu") -> Tensor:
+    return (torch.randn(*shape, device=device) * scale).to(BF16)
+
+
+def prefix(rows: int, columns: int, device: str, pad: int = 24) -> Tensor:
+    """The first rows and columns of a larger matrix, as a slice's weights are."""
+    return normal(rows + 3, columns + pad, scale=columns**-0.5, device=device)[:rows, :columns]
+
+
+def unwritten(*shape: int, device: str, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.full(shape, math.nan, device=device).to(dtype)
+
+
+def wide(value: Any) -> Any:
+    """bf16 tensors as fp32 ones."""
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype == BF16 else value
+    return type(value)(map(wide, value)) if isinstance(value, (list, tuple)) else value
+
+
+def distance(got: Tensor, want: Tensor) -> float:
+    got, want = got.float(), want.float()
+    assert got.isfinite().all()
+    return float((got - want).norm() / want.norm().clamp(min=1e-9))
+
+
+def assert_near(got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
+    for mine, its in zip(got, want, strict=True):
+        assert distance(mine, its) <= TOLERANCE
+
+
+# ---- products ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", ["none", "whole", "groups"])
+@pytest.mark.parametrize("depth", [24, 264, 512, 1000])
+@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 17, 32])
+def test_skinny_linear(short: Any, device: str, tokens: int, depth: int, norm: str) -> None:
+    x = normal(tokens, depth + 8, device=device)[:, :depth]
+    weights = [prefix(40, depth, device), prefix(17, depth, device), prefix(5, depth, device)]
+    outs = [
+        unwritten(tokens, 56, device=device)[:, :40],
+        unwritten(tokens, 20, device=device, dtype=F32)[:, :17],
+        normal(tokens, 8, device=device)[:, :5],
+    ]
+    kinds: list[reference.Kind] = ["relu2", "store", "add"]
+    options: dict[str, Any] = {}
+    if norm != "none":
+        options = {"norm": normal(depth, device=device), "eps": 1e-5}
+    if norm == "groups":
+        groups = {264: 3, 512: 8}.get(depth, 1)
+        squares = x.float().unflatten(-1, (2 * groups, -1)).pow(2).sum(-1)
+        options |= {"groups": groups, "squares": squares.contiguous()}
+    expected = [wide(out.clone()) for out in outs]
+    given = {name: wide(value) for name, value in options.items()}
+    reference.norm_linear(wide(x), wide(weights), expected, kinds, **given)
+    short.skinny_linear(x, weights, outs, kinds, **options)
+    assert_near(outs, expected)
+
+
+def test_skinny_linear_refuses_what_it_cannot_do(short: Any, device: str) -> None:
+    x, weight = normal(2, 32, device=device), prefix(8, 32, device)
+    out = unwritten(2, 8, device=device)
+    for arguments, message in (
+        ((x[:, :30], [weight[:, :30]], [out], ["store"]), "multiple of 8"),
+        ((x, [weight[:, :24]], [out], ["store"]), r"weights\[0\] has shape"),
+        ((x, [weight.T.contiguous().T], [out], ["store"]), "strides"),
+        ((x, [weight], [out.float()], ["add"]), "kinds"),
+        ((x.float(), [weight], [out], ["store"]), "float32"),
+        ((x, [weight], [out], ["store"], x[0].contiguous(), None, 4), "squares"),
+    ):
+        with pytest.raises(checks.KernelArgumentError, match=message):
+            short.skinny_linear(*arguments)
+    assert out.isnan().all()
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_group_norm(short: Any, device: str, groups: int) -> None:
+    x, norm = normal(5, 280, device=device)[:, :264], normal(264, device=device)
+    out = unwritten(5, 264, device=device)
+    short.group_norm(x, norm, groups, 1e-5, out)
+    parts = x.float().unflatten(-1, (groups, -1))
+    normed = parts * torch.rsqrt(parts.pow(2).mean(-1, keepdim=True) + 1e-5)
+    assert_near([out], [norm.float() * normed.flatten(-2)])
+
+
+# ---- tokens ------------------------------------------------------------------------------------
+
+
+def test_embed_tokens(short: Any, device: str) -> None:
+    embeddings = normal(50, 40, device=device)[:, :32]
+    ids = torch.tensor([[3, -1], [-1, 49], [7, 8]], device=device)
+    latest, slots = (torch.tensor(x, device=device) for x in ([5, 6, 7], [2, 0, -1]))
+    hidden = unwritten(6, 32, device=device)
+    short.embed_tokens(hidden, embeddings, ids, latest, slots)
+    assert torch.equal(hidden, embeddings[torch.tensor([3, 7, 5, 49, 7, 8], device=device)])
+
+
+def test_pick_tokens(short: Any, device: str) -> None:
+    logits = torch.randn(6, 1000, device=device)
+    logits[1, 3] = math.nan
+    logits[2, [5, 900]] = 9.0
+    logits[3, 7] = -math.inf
+    logits[4] = -logits[4].abs() - 1
+    slots = torch.tensor([4, 1, -1, 0, 2, 3], device=device)
+    latest, picked = torch.full((6,), -7, device=device), torch.full((6,), -7, device=device)
+    for _ in range(2):
+        short.pick_tokens(logits, picked, latest, slots)
+    best = logits.nan_to_num(-math.inf).argmax(1)
+    assert picked.tolist() == [int(best[0]), -1, 5, -1, int(best[4]), int(best[5])]
+    assert latest.tolist() == [picked[i] if i >= 0 else -7 for i in (3, 1, 4, 5, 0, -1)]
+
+
+# ---- the layers between the products -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rows", "length", "old"), [(1, 1, 0), (3, 1, 5), (2, 9, 3), (3, 20, 4)])
+@pytest.mark.parametrize(
+    ("heads", "dim", "size", "groups", "state_dtype"),
+    [(4, 32, 32, 1, F32), (8, 8, 16, 2, F32), (4, 64, 128, 2, BF16), (4, 24, 64, 4, F32)],
+)
+def test_mamba_step(
+    short: Any,
+    device: str,
+    heads: int,
+    dim: int,
+    size: int,
+    groups: int,
+    state_dtype: torch.dtype,
+    rows: int,
+    length: int,
+    old: int,
+) -> None:
+    held, slots_held = 26, rows + 2
+    inner, channels = heads * dim, heads * dim + 2 * groups * size
+    width, columns = inner + groups * size, inner + channels + heads
+    slots = torch.randperm(slots_held, device=device)[:rows]
+    sources = torch.randperm(slots_held, device=device)[:rows]
+    entries = torch.randint(0, old + 1, (rows,), device=device)
+    counts = torch.randint(0, length + 1, (rows,), device=device)
+    entries[0], counts[-1] = old, length
+    if rows > 2:
+        slots[1] = -1
+    journal = (
+        normal(slots_held, held, channels, device=device),
+        normal(slots_held, held, width, device=device),
+        torch.rand(slots_held, held, heads, device=device),
+    )
+    unread = torch.ones(slots_held, held, dtype=torch.bool, device=device)
+    unread[sources] = torch.arange(held, device=device) >= entries[:, None]
+    for part in journal:
+        part[unread] = math.nan
+    projected = normal(rows * length, -(-columns // 8) * 8, device=device)[:, :columns]
+    fixed = (
+        projected,
+        torch.randn(slots_held, heads, dim, size, device=device).to(state_dtype),
+        normal(slots_held, 3, channels, device=device),
+    )
+    weights = (
+        normal(channels, 4, device=device),
+        normal(channels, device=device),
+        normal(heads, device=device),
+        -torch.rand(heads, device=device) - 0.1,
+        normal(heads, device=device),
+        0.001,
+    )
+    numbers = slots, sources, entries, counts
+    expected = wide(tuple(part.clone() for part in journal))
+    before = tuple(part.clone() for part in journal)
+    found = [unwritten(rows * length, inner, device=device)]
+    found.append(unwritten(rows * length, heads, device=device, dtype=F32))
+    wanted = [wide(part.clone()) for part in found]
+    cleared = tuple(part.masked_fill(unread[..., None], 0) for part in expected)
+    reference.mamba_step(*wide(fixed), cleared[:3], *wide(weights), *numbers, *wanted)
+    short.mamba_step(*fixed, journal, *weights, *numbers, *found)
+    assert_near(found[:1], wanted[:1])
+    assert distance(found[1], wanted[1]) <= 2 * TOLERANCE
+    new = torch.zeros_like(unread)
+    for row in range(rows):
+        if slots[row] >= 0:
+            new[sources[row], entries[row] : entries[row] + counts[row]] = True
+    for mine, its, old_part in zip(journal, cleared, before, strict=True):
+        if new.any():
+            assert distance(mine[new], its[new]) <= TOLERANCE
+        assert torch.equal(mine[~new].nan_to_num(7), old_part[~new].nan_to_num(7))
+
+
+@pytest.mark.parametrize("splits", ["one", "many"])
+@pytest.mark.parametrize(("rows", "length"), [(1, 1), (3, 1), (2, 5)])
+@pytest.mark.parametrize(
+    ("dim", "kv_heads", "group"), [(16, 2, 2), (32, 2, 1), (64, 1, 5), (128, 2, 16)]
+)
+def test_slot_attention(
+    short: Any,
+    device: str,
+    dim: int,
+    kv_heads: int,
+    group: int,
+    rows: int,
+    length: int,
+    splits: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import sys
+
+    launcher = sys.modules["cascade.kernels.slot_attention"]
+    monkeypatch.setattr(launcher, "BLOCKS", 1 if splits == "one" else 264)
+    held, slots_held = 150, rows + 1
+    slots = torch.randperm(slots_held, device=device)[:rows]
+    starts = torch.randint(0, held - length, (rows,), device=device)
+    counts = torch.randint(1, length + 1, (rows,), device=device)
+    starts[0], counts[0] = held - length, length
+    if rows > 2:
+        slots[1] = -1
+    heads = kv_heads * group
+    qkv = normal(rows * length, (heads + 2 * kv_heads) * dim, device=device)
+    parts = qkv.split([heads * dim, kv_heads * dim, kv_heads * dim], 1)
+    caches = [normal(slots_held, held, kv_heads, dim, device=device) for _ in range(2)]
+    for slot, start in zip(slots.tolist(), starts.tolist(), strict=True):
+        for cache in caches:
+            if slot >= 0:
+                cache[slot, start:] = math.nan
+    expected = [cache.float().nan_to_num(0) for cache in caches]
+    out, wanted = (unwritten(rows * length, heads * dim, device=device) for _ in range(2))
+    wanted = wanted.float()
+    reference.slot_attention(*wide(parts), *expected, slots, starts, counts, wanted)
+    short.slot_attention(*parts, *caches, slots, starts, counts, out)
+    assert_near([out], [wanted])
+    for mine, its in zip(caches, expected, strict=True):
+        assert torch.equal(mine.float().nan_to_num(0), its)
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "experts", "top_k", "depth", "width", "shared"),
+    [
+        (1, 1, 8, 2, 64, 40, 24),
+        (3, 1, 16, 3, 72, 48, 48),
+        (2, 5, 128, 6, 96, 40, 80),
+        (70, 1, 16, 4, 40, 24, 32),
+        (1, 9, 4, 2, 200, 200, 0),
+    ],
+)
+def test_experts(
+    short: Any,
+    device: str,
+    rows: int,
+    length: int,
+    experts: int,
+    top_k: int,
+    depth: int,
+    width: int,
+    shared: int,
+) -> None:
+    tokens = rows * length
+    counts = torch.randint(0, length + 1, (rows,), device=device)
+    counts[0] = length
+    logits, bias = torch.randn(tokens, experts, device=device), torch.randn(experts, device=device)
+    plan = Plan.empty(tokens, experts, top_k, torch.device(device))
+    expected = Plan.empty(tokens, experts, top_k, torch.device(device))
+    reference.choose_experts(logits, bias, counts, top_k, True, 2.5, expected)
+    short.choose_experts(logits, bias, counts, top_k, True, 2.5, plan)
+    items, pairs = int(expected.counts[0]), int(counts.sum()) * top_k
+    assert torch.equal(plan.counts, expected.counts)
+    assert torch.equal(plan.items[:, :items], expected.items[:, :items])
+    assert torch.equal(plan.tokens[:pairs], expected.tokens[:pairs])
+    torch.testing.assert_close(plan.weights[:pairs], expected.weights[:pairs])
+
+    x, norm = normal(tokens, depth + 8, device=device)[:, :depth], normal(depth, device=device)
+    up = normal(experts, width + 8, depth + 16, scale=depth**-0.5, device=device)
+    down = normal(experts, depth + 8, width + 8, scale=width**-0.5, device=device)
+    up, down = up[:, :width, :depth], down[:, :depth, :width]
+    inner = unwritten(tokens * top_k, width, device=device)
+    wanted = wide(inner.clone())
+    reference.experts_up(wide(x), wide(norm), 1e-5, wide(up), expected, wanted)
+    short.experts_up(x, norm, 1e-5, up, plan, inner)
+    assert_near([inner[:pairs]], [wanted[:pairs]])
+    assert inner[pairs:].isnan().all()
+
+    dense: tuple[Tensor | None, Tensor | None] = (None, None)
+    if shared:
+        dense = normal(tokens, shared, device=device), prefix(depth, shared, device)
+    result = wide(x.clone())
+    reference.experts_down(result, wide(inner), wide(down), expected, *wide(dense))
+    short.experts_down(x, inner, down, plan, *dense)
+    assert_near([x], [result])
+
+
+def test_choose_experts_survives_logits_that_are_no_numbers(short: Any, device: str) -> None:
+    logits = torch.randn(5, 12, device=device)
+    logits[1], logits[3, 4] = math.nan, math.inf
+    counts = torch.ones(5, dtype=torch.int64, device=device)
+    plan = Plan.empty(5, 12, 3, torch.device(device))
+    short.choose_experts(logits, torch.zeros(12, device=device), counts, 3, True, 1.0, plan)
+    items = plan.items[:, : int(plan.counts[0])]
+    assert (items[0] < 12).all() and (items[1] + items[2] <= 15).all()
