@@ -243,14 +243,7 @@ def _moe(
     b: Buffers,
     plan: Plan,
 ) -> None:
-    kernels.norm_linear(
-        b.hidden,
-        [w.router, w.shared.up],
-        [b.router, b.dense],
-        ["store", "relu2"],
-        norm,
-        eps=arch.eps,
-    )
+    kernels.norm_linear(b.hidden, [w.router], [b.router], ["store"], norm, eps=arch.eps)
     kernels.choose_experts(
         b.router,
         w.router_bias,
@@ -260,7 +253,7 @@ def _moe(
         arch.routed_scale,
         plan,
     )
-    kernels.experts_up(b.hidden, norm, arch.eps, w.up, plan, b.routed)
+    kernels.experts_up(b.hidden, norm, arch.eps, w.up, plan, b.routed, w.shared.up, b.dense)
     kernels.experts_down(b.hidden, b.routed, w.down, plan, b.dense, w.shared.down)
 
 

@@ -44,7 +44,7 @@ def choose_experts(
         checks.array("plan.counts", plan.counts, INT32, (2,)),
         checks.array("plan.tokens", plan.tokens, INT32, (pairs,)),
         checks.array("plan.weights", plan.weights, _FP32, (pairs,)),
-        checks.array("plan.chosen", plan.chosen, INT32, (pairs,)),
+        checks.array("plan.places", plan.places, INT32, (pairs,)),
         checks.array("plan.shares", plan.shares, _FP32, (pairs,)),
         checks.array("plan.bits", plan.bits, INT32, (experts, -(-tokens // 32))),
         checks.array("plan.arrived", plan.arrived, INT32, (1,)),

@@ -68,7 +68,7 @@ def _stream(address: int) -> Any:
     return cupy.cuda.Stream.from_external(_TorchStream(address))
 
 
-PLAIN_SHARED = 48 * 1024  # dynamic shared memory that a kernel may have without asking
+PLAIN_SHARED = 8 * 1024  # dynamic shared memory that a kernel may have without asking
 
 
 class Kernel:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from cascade.kernels import choose_experts, mamba_step, slot_attention
+from cascade.kernels import choose_experts, mamba_decode, mamba_step, slot_attention
 
 
 def short_pass_obstacle(arch: Any, dtype: torch.dtype, entries: int) -> str | None:
@@ -20,7 +20,7 @@ def short_pass_obstacle(arch: Any, dtype: torch.dtype, entries: int) -> str | No
     obstacles = (
         (dtype != torch.bfloat16, f"weights are {dtype}, not bfloat16"),
         (arch.conv_taps != mamba_step.TAPS, f"{arch.conv_taps} taps of the convolution"),
-        (arch.state_size not in mamba_step.SIZES, f"a state size of {arch.state_size}"),
+        (arch.state_size not in mamba_decode.SIZES, f"a state size of {arch.state_size}"),
         (
             arch.state_size > mamba_step.largest_size(arch.head_dim),
             f"a state size of {arch.state_size} with a head dim of {arch.head_dim}",

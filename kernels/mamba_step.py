@@ -1,28 +1,16 @@
-"""Launcher of mamba_step.cu."""
+"""What happens between the projections of a Mamba-2 layer: checks, and which kernel does it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from cascade.kernels import checks
-from cascade.kernels.compiler import Kernel
+from cascade.kernels import checks, mamba_decode, mamba_verify
 
-TAPS = 4  # as in the .cu
-QUERIES = {"decode": 1, "verify": 8}  # tokens read out at once
-SIZES = (16, 32, 64, 128)  # state sizes N
+TAPS = 4  # as in mamba.cuh
 LARGEST_SHARED = 200 * 1024
 
 _BF16, _FP32 = (torch.bfloat16,), (torch.float32,)
-_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-_KERNELS = {
-    (route, state, size): Kernel(
-        "mamba_step", f"{route}_{_NAMES[state]}_{size}", 25, overlaps=True
-    )
-    for route in QUERIES
-    for state in checks.STORED
-    for size in SIZES
-}
 
 
 def largest_size(head_dim: int) -> int:
@@ -30,10 +18,12 @@ def largest_size(head_dim: int) -> int:
     return 7 * head_dim // 2
 
 
-def shared_bytes(entries: int, head_dim: int, size: int, queries: int = 8) -> int:
-    """Shared memory of a block for journals of `entries` tokens."""
-    numbers = queries * (size + entries + -(-4 * head_dim // 32)) + 2 * entries
-    return 4 * numbers + 2 * entries * (head_dim + size)
+def shared_bytes(entries: int, head_dim: int, size: int) -> int:
+    """Shared memory that a block needs at most, for journals of `entries` tokens."""
+    return max(
+        mamba_decode.shared_bytes(entries, head_dim, size, mamba_decode.MOST_HEADS),
+        mamba_verify.shared_bytes(entries, head_dim, size),
+    )
 
 
 def mamba_step(
@@ -72,16 +62,17 @@ def mamba_step(
             f"inputs have {channels} channels and projected {columns} columns; expected "
             f"{inner} + 2 G * {size} with G a divisor of {heads}, and {inner} + C + {heads}"
         )
-    if size not in SIZES:
-        raise checks.KernelArgumentError(f"the state size N is {size}; expected one of {SIZES}")
+    if size not in mamba_decode.SIZES:
+        raise checks.KernelArgumentError(
+            f"the state size N is {size}; expected one of {mamba_decode.SIZES}"
+        )
     checks.within("the head dim P", head_dim, 8, 64)
     checks.multiple("the head dim P", head_dim, 8)
     checks.within("the state size N", size, 1, largest_size(head_dim))
     checks.within("the number of taps", conv.shape[-1], TAPS, TAPS)
     checks.multiple("the number of tokens", tokens, max(rows, 1))
     address, stride = checks.strided("projected", projected, _BF16, (tokens, columns))
-    route = "decode" if tokens == rows else "verify"
-    shared = shared_bytes(held, head_dim, size, QUERIES[route])
+    shared = shared_bytes(held, head_dim, size)
     checks.within("the journal's entries J, by shared memory,", shared, 0, LARGEST_SHARED)
     lines = sources_held, held
     states = checks.array("state", state, checks.STORED, state.shape)
@@ -111,21 +102,19 @@ def mamba_step(
     )  # fmt: skip
     if not (rows and tokens and heads):
         return
-    _KERNELS[route, state.dtype, size].launch(
-        device,
-        (heads, rows, 1),
-        (4 * head_dim, 1, 1),
-        (
-            address,
-            *places,
-            stride,
-            tokens // rows,
-            slots_held,
-            sources_held,
-            held,
-            heads,
-            groups,
-            checks.float_bits(min_step),
-        ),
-        shared,
-    )
+    arguments = [
+        address,
+        *places,
+        stride,
+        tokens // rows,
+        slots_held,
+        sources_held,
+        held,
+        heads,
+        groups,
+        checks.float_bits(min_step),
+    ]
+    if tokens == rows:
+        mamba_decode.launch(device, state, rows, groups, held, arguments)
+    else:
+        mamba_verify.launch(device, state, rows, tokens // rows, held, arguments)

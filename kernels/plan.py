@@ -15,15 +15,16 @@ class Plan(NamedTuple):
     counts:  [2] int32: items that are there, distinct experts
     tokens:  [n * k] int32, the pairs' tokens, ascending within an expert
     weights: [n * k] fp32
-    chosen, shares [n * k], bits [E, words of 32 tokens], arrived [1]: scratch; bits and arrived are
-             zero before and after every use
+    places:  [n * k] int32, the pair of each token's choices, below zero for none
+    shares:  [n * k] fp32, their weights
+    bits:    [E, words of 32 tokens], arrived [1]: scratch, zero before and after every use
     """
 
     items: Tensor
     counts: Tensor
     tokens: Tensor
     weights: Tensor
-    chosen: Tensor
+    places: Tensor
     shares: Tensor
     bits: Tensor
     arrived: Tensor
@@ -46,7 +47,7 @@ class Plan(NamedTuple):
             counts=integers(2),
             tokens=integers(pairs),
             weights=numbers(pairs),
-            chosen=integers(pairs),
+            places=integers(pairs),
             shares=numbers(pairs),
             bits=integers(experts, words),
             arrived=integers(1),

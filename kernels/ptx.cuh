@@ -44,6 +44,11 @@ __device__ __forceinline__ uint4 load_transposed(const void* row) {
     return raw;
 }
 
+// A barrier of some of a block's threads; `number` 1 to 15.
+__device__ __forceinline__ void meet(int number, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
 // Two products of bf16, each rounded once.
 __device__ __forceinline__ unsigned times(unsigned a, unsigned b) {
     unsigned product;
@@ -68,3 +73,4 @@ __device__ __forceinline__ void let_next_start() {
 
 // A number as it is in memory, whatever this multiprocessor has read before.
 __device__ __forceinline__ int fresh(const int* from) { return *(const volatile int*)from; }
+__device__ __forceinline__ float fresh(const float* from) { return *(const volatile float*)from; }

@@ -192,28 +192,45 @@ def choose_experts(
     if normalise:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     weights = weights * scale
-    of_expert: dict[int, list[tuple[int, float]]] = {}
+    plan.shares.copy_(weights.flatten())
+    plan.places.fill_(-1)
+    of_expert: dict[int, list[tuple[int, int, float]]] = {}
     for token, (row, shares) in enumerate(zip(chosen.tolist(), weights.tolist(), strict=True)):
         if token % length < counts[token // length]:
-            for expert, share in zip(row, shares, strict=True):
-                of_expert.setdefault(expert, []).append((token, share))
+            for choice, (expert, share) in enumerate(zip(row, shares, strict=True)):
+                of_expert.setdefault(expert, []).append((token, token * top_k + choice, share))
     item = pair = 0
     for expert in sorted(of_expert):
         members = of_expert[expert]
         for begin in range(0, len(members), plan.item_tokens):
             part = members[begin : begin + plan.item_tokens]
             plan.items[:, item] = torch.tensor([expert, pair, len(part)])
-            plan.tokens[pair : pair + len(part)] = torch.tensor([token for token, _ in part])
-            plan.weights[pair : pair + len(part)] = torch.tensor([share for _, share in part])
+            span = slice(pair, pair + len(part))
+            plan.tokens[span] = torch.tensor([token for token, _, _ in part])
+            plan.weights[span] = torch.tensor([share for _, _, share in part])
+            plan.places[[choice for _, choice, _ in part]] = torch.arange(
+                pair, pair + len(part), dtype=torch.int32, device=logits.device
+            )
             item, pair = item + 1, pair + len(part)
     plan.counts.copy_(torch.tensor([item, len(of_expert)]))
 
 
-def experts_up(x: Tensor, norm: Tensor, eps: float, up: Tensor, plan: Plan, inner: Tensor) -> None:
-    """inner [n * k, F] <- relu(up(RMSNorm(x))) ** 2 of the plan's pairs, in their order.
+def experts_up(
+    x: Tensor,
+    norm: Tensor,
+    eps: float,
+    up: Tensor,
+    plan: Plan,
+    inner: Tensor,
+    shared_up: Tensor,
+    dense: Tensor,
+) -> None:
+    """The first half of the shared expert and of the plan's pairs, after an RMSNorm of x [n, K].
 
-    x: [n, K]; norm: [K]; up: [E, F, K], possibly a prefix view
+    dense [n, Fs] <- relu(shared_up(x)) ** 2, shared_up [Fs, K], possibly a prefix view
+    inner [n * k, F] <- relu(up(x)) ** 2 of the pairs, in their order; up [E, F, K], likewise
     """
+    norm_linear(x, [shared_up], [dense], ["relu2"], norm, eps=eps)
     x = layers.rms_norm(x, norm, eps)
     for expert, first, count in plan.items[:, : int(plan.counts[0])].T.tolist():
         tokens = plan.tokens[first : first + count].long()
@@ -225,21 +242,20 @@ def experts_down(
     inner: Tensor,
     down: Tensor,
     plan: Plan,
-    shared_inner: Tensor | None,
-    shared_down: Tensor | None,
+    shared_inner: Tensor,
+    shared_down: Tensor,
 ) -> None:
     """x [n, K] += the weighted sum of down(inner) over each token's experts, and the shared one's.
 
-    inner: [n * k, F]; down: [E, K, F], possibly a prefix view; shared_inner: [n, Fs] with
-    shared_down [K, Fs], or None for no shared expert
+    inner: [n * k, F]; down: [E, K, F], possibly a prefix view; shared_inner: [n, Fs];
+    shared_down: [K, Fs]
     """
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert, first, count in plan.items[:, : int(plan.counts[0])].T.tolist():
         span = slice(first, first + count)
         out = F.linear(inner[span], down[expert]).float() * plan.weights[span, None]
         total.index_add_(0, plan.tokens[span].long(), out)
-    if shared_inner is not None and shared_down is not None:
-        total += F.linear(shared_inner, shared_down).float()
+    total += F.linear(shared_inner, shared_down).float()
     x += total.to(x.dtype)
 
 

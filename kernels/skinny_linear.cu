@@ -3,7 +3,7 @@
 
 constexpr int PARTS = 3;
 enum Kind { STORE, STORE_F32, RELU2, ADD };
-// Of x: none; over all columns; over groups of columns, one group a warp; over any groups, whose sums
+// Of x: none; over all columns; over groups of columns, one for each warp; over any groups, whose sums
 // of squares are given.
 enum Norm { NONE, WHOLE, WARPWISE, GIVEN };
 
@@ -14,12 +14,14 @@ struct Arguments {
     const bf16* weight[PARTS];
     void* out[PARTS];
     long long weight_stride[PARTS], rows[PARTS], out_stride[PARTS], kind[PARTS];
-    long long x_stride, tokens, depth, groups, summands, eps;
+    long long x_stride, tokens, depth, groups, summands, eps, team;
 };
 
 // Tokens times the norm's weight and the factor of their group of columns.
 template <int N>
 struct Grouped {
+    static constexpr bool AHEAD = false;
+
     const bf16* norm;
     const float* factors;  // [N * 8, groups]
     int groups, width;     // columns of a group
@@ -68,31 +70,38 @@ __device__ __forceinline__ void write(const Arguments& a, long long token, long 
     }
 }
 
-// grid = (multiprocessors); shared: the ring, then factors [N * 8, groups] where sums are given
+// grid = (blocks that share the rows of all matrices)
+// shared: the ring, then factors [N * 8, groups] where sums are given
 template <int N, Norm NORM>
 __device__ __forceinline__ void product(const Arguments& a) {
     __shared__ Gathered<N> gathered[2];
     extern __shared__ uint4 shared[];
-    float* const factors = reinterpret_cast<float*>(shared + RING);
+    float* const factors = reinterpret_cast<float*>(shared + Ring::PIECES);
     const int depth = (int)a.depth, lane = threadIdx.x % 32, g = lane / 4;
     const float eps = __int_as_float((int)a.eps);
-    long long total = 0;
-    for (int part = 0; part < PARTS; part++) total += a.rows[part];
-    int begin, end;
-    share_of((depth + STEP - 1) / STEP, begin, end);
+    int total = 0;
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) total += (int)a.rows[part];
+    const Team team((int)a.team);
+    // With a group for each warp the columns of a warp are those of its group.
+    const int steps = NORM == WARPWISE ? depth / (WARPS * STEP) : team.steps(depth);
+    const auto column = [&](int step) {
+        return NORM == WARPWISE ? (team.warp * steps + step) * STEP + (int)threadIdx.x % 4 * 8
+                                : team.column(step);
+    };
 
     Ring ring(shared);
-    Walk ahead(total, total);
+    Walk ahead(team, total, total);
     Tile coming = {0, 0};
     Lines lines = {nullptr, nullptr};
-    int step = end;
+    int step = steps;
     const auto more = [&] {
-        if (step >= end) {
+        if (step >= steps) {
             coming = ahead.next();
             lines = {line_of(a, coming, g), line_of(a, coming, g + 8)};
-            step = begin;
+            step = 0;
         }
-        ring.issue(lines, step, coming.height && step < end, depth);
+        ring.issue(lines, column(step), coming.height && step < steps, depth);
         step++;
     };
 #pragma unroll 1
@@ -116,25 +125,25 @@ __device__ __forceinline__ void product(const Arguments& a) {
     for (int n = 0; n < N; n++)
         x[n] = n * 8 + g < a.tokens ? a.x + (n * 8 + g) * a.x_stride : nullptr;
 
-    Walk walk(total, total);
+    Walk walk(team, total, total);
     int turn = 0;
     for (Tile tile = walk.next(); tile.height; tile = walk.next(), turn ^= 1) {
         float sum[N][4] = {};
         if constexpr (NORM == NONE) {
             Plain plain;
-            multiply(sum, ring, x, begin, end, depth, plain, more);
+            multiply(sum, ring, x, 0, steps, depth, plain, column, more);
         } else if constexpr (NORM == GIVEN) {
             Grouped<N> grouped{a.norm, factors, (int)a.groups, depth / (int)a.groups};
-            multiply(sum, ring, x, begin, end, depth, grouped, more);
+            multiply(sum, ring, x, 0, steps, depth, grouped, column, more);
         } else {
             Normed<N> normed(a.norm);
-            multiply(sum, ring, x, begin, end, depth, normed, more);
+            multiply(sum, ring, x, 0, steps, depth, normed, column, more);
             if constexpr (NORM == WHOLE) gathered[turn].put_squares(normed.squares);
             if constexpr (NORM == WARPWISE) {
 #pragma unroll
                 for (int n = 0; n < N; n++) {
                     const float squares = over_four(normed.squares[n]);
-                    const float factor = rsqrtf(squares / ((end - begin) * STEP) + eps);
+                    const float factor = rsqrtf(squares / (steps * STEP) + eps);
                     const float first = __shfl_sync(~0u, factor, lane % 4 * 8);
                     const float second = __shfl_sync(~0u, factor, lane % 4 * 8 + 4);
                     sum[n][0] *= first, sum[n][1] *= second, sum[n][2] *= first, sum[n][3] *= second;
@@ -142,29 +151,29 @@ __device__ __forceinline__ void product(const Arguments& a) {
             }
         }
         gathered[turn].put(sum);
-        __syncthreads();
-        for (int i = threadIdx.x; i < N * 8 * TILE; i += THREADS) {
+        team.meet();
+        for (int i = team.thread(); i < N * 8 * TILE; i += team.threads()) {
             const int row = i % TILE, token = i / TILE;
             if (token >= a.tokens || row >= tile.height) continue;
-            const float factor = NORM == WHOLE ? gathered[turn].factor(token, depth, eps) : 1.f;
-            write(a, token, tile.row + row, gathered[turn].at(row, token) * factor);
+            const float factor = NORM == WHOLE ? gathered[turn].factor(team, token, depth, eps) : 1.f;
+            write(a, token, tile.row + row, gathered[turn].at(team, row, token) * factor);
         }
     }
 }
 
-#define ENTRY(name, N, NORM)                                                           \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) name(const Arguments a) { \
-        product<N, NORM>(a);                                                           \
+#define ENTRY(name, N, NORM, BLOCKS)                                                        \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) name(const Arguments a) { \
+        product<N, NORM>(a);                                                                \
     }
-ENTRY(none_8, 1, NONE)
-ENTRY(none_16, 2, NONE)
-ENTRY(none_32, 4, NONE)
-ENTRY(whole_8, 1, WHOLE)
-ENTRY(whole_16, 2, WHOLE)
-ENTRY(whole_32, 4, WHOLE)
-ENTRY(warpwise_8, 1, WARPWISE)
-ENTRY(warpwise_16, 2, WARPWISE)
-ENTRY(warpwise_32, 4, WARPWISE)
-ENTRY(given_8, 1, GIVEN)
-ENTRY(given_16, 2, GIVEN)
-ENTRY(given_32, 4, GIVEN)
+ENTRY(none_8, 1, NONE, 2)
+ENTRY(none_16, 2, NONE, 2)
+ENTRY(none_32, 4, NONE, 2)
+ENTRY(whole_8, 1, WHOLE, 3)
+ENTRY(whole_16, 2, WHOLE, 2)
+ENTRY(whole_32, 4, WHOLE, 2)
+ENTRY(warpwise_8, 1, WARPWISE, 2)
+ENTRY(warpwise_16, 2, WARPWISE, 2)
+ENTRY(warpwise_32, 4, WARPWISE, 2)
+ENTRY(given_8, 1, GIVEN, 2)
+ENTRY(given_16, 2, GIVEN, 2)
+ENTRY(given_32, 4, GIVEN, 2)

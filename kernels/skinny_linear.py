@@ -7,21 +7,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cascade.kernels import checks
-from cascade.kernels.compiler import Kernel, multiprocessors
+from cascade.kernels import checks, tile_stream
+from cascade.kernels.compiler import Kernel
 from cascade.kernels.reference_decode import Kind
 
 PARTS = 3  # as in the .cu
 THREADS = 256
 WARPS, STEP = 8, 32
-RING = 8 * 8 * 2 * 32 * 16  # bytes of shared memory for weights on their way
 WIDTHS = (8, 16, 32)  # tokens at once
 LARGEST_GROUPS = 64  # whose factors fit into shared memory
 
 _BF16, _FP32 = (torch.bfloat16,), (torch.float32,)
 _CODES = {"store": 0, "relu2": 2, "add": 3}
 _KERNELS = {
-    (norm, width): Kernel("skinny_linear", f"{norm}_{width}", 3 + 6 * PARTS + 6, overlaps=True)
+    (norm, width): Kernel("skinny_linear", f"{norm}_{width}", 3 + 6 * PARTS + 7, overlaps=True)
     for norm in ("none", "whole", "warpwise", "given")
     for width in WIDTHS
 }
@@ -97,9 +96,11 @@ def skinny_linear(
         mode = "whole"
     else:
         mode = "warpwise" if groups == WARPS and not depth % (WARPS * STEP) else "given"
+    blocks = tile_stream.blocks(device, width if mode == "whole" else 0, sum(rows))
+    team = WARPS if mode == "warpwise" else tile_stream.team(blocks, sum(rows), width)
     _KERNELS[mode, width].launch(
         device,
-        (multiprocessors(device), 1, 1),
+        (blocks, 1, 1),
         (THREADS, 1, 1),
         (
             x_address,
@@ -117,6 +118,7 @@ def skinny_linear(
             groups,
             summands,
             checks.float_bits(eps),
+            team,
         ),
-        RING + (4 * width * groups if mode == "given" else 0),
+        tile_stream.RING + (4 * width * groups if mode == "given" else 0),
     )

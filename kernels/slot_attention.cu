@@ -14,6 +14,7 @@ struct Arguments {
     bf16* out;           // [R * T, kv heads * group * D]
     float* partial;      // [R * T, kv heads, splits, 16, D]
     float* extent;       // [R * T, kv heads, splits, 16, 2]: maximum, sum of weights
+    unsigned* arrived;   // [R * T, kv heads], zero before and after
     const long long* slots;
     const long long* starts;  // [R]: position of a row's first new token
     const long long* counts;  // [R]: new tokens
@@ -62,8 +63,6 @@ __device__ __forceinline__ void attend(const Arguments& a) {
         start + t >= a.positions_held) {
         if (split == 0)
             for (int i = threadIdx.x; i < group * D; i += THREADS) out[i] = 0;
-        for (int i = threadIdx.x; i < 32; i += THREADS)
-            if (splits > 1) a.extent[place * 32 + i] = i % 2 ? 0.f : NOTHING;
         return;
     }
     bf16* const keys = a.keys + (slot * a.positions_held * a.kv_heads + head) * D;
@@ -199,34 +198,47 @@ __device__ __forceinline__ void attend(const Arguments& a) {
             a.extent[(place * 16 + h) * 2 + 1] = sum;
         }
     }
-}
+    if (splits == 1) return;
 
-// grid = (kv heads * group, R * T), blockDim = D
-template <int D>
-__device__ __forceinline__ void combine(const Arguments& a) {
-    const int head = blockIdx.x / (int)a.group, h = blockIdx.x % (int)a.group, d = threadIdx.x;
-    const long long token = blockIdx.y, row = token / a.length;
-    wait_for_inputs();
-    let_next_start();
-    if (token % a.length >= a.counts[row]) return;
-    const long long first = (token * a.kv_heads + head) * a.splits;
-    float best = NOTHING, sum = 0.f, value = 0.f;
-    for (int s = 0; s < a.splits; s++) best = fmaxf(best, a.extent[((first + s) * 16 + h) * 2]);
-    for (int s = 0; s < a.splits; s++) {
-        const float* const extent = a.extent + ((first + s) * 16 + h) * 2;
-        const float share = rescale(extent[0], best);
-        if (share == 0.f) continue;
-        sum += share * extent[1];
-        value += share * a.partial[((first + s) * 16 + h) * D + d];
+    // The block that is done last puts the splits together.
+    __shared__ bool is_last;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0)
+        is_last = atomicInc(&a.arrived[token * a.kv_heads + head], splits - 1) == splits - 1u;
+    __syncthreads();
+    if (!is_last) return;
+    __threadfence();
+    const long long begin = place - split;
+    float* const shares = reinterpret_cast<float*>(given);  // [splits, 16]
+    for (int i = threadIdx.x; i < splits * 16; i += THREADS)
+        shares[i] = __ldcg(a.extent + (begin * 16 + i) * 2);
+    __syncthreads();
+    if (threadIdx.x < 16) {
+        const int h = threadIdx.x;
+        float best = NOTHING, sum = 0.f;
+        for (int s = 0; s < splits; s++) best = fmaxf(best, shares[s * 16 + h]);
+        for (int s = 0; s < splits; s++) {
+            const float share = rescale(shares[s * 16 + h], best);
+            sum += share * __ldcg(a.extent + ((begin + s) * 16 + h) * 2 + 1);
+            shares[s * 16 + h] = share;
+        }
+        for (int s = 0; s < splits; s++) shares[s * 16 + h] /= sum;
     }
-    a.out[(token * a.kv_heads * a.group + blockIdx.x) * D + d] = (bf16)narrow(sum ? value / sum : 0.f);
+    __syncthreads();
+    for (int i = threadIdx.x; i < group * D; i += THREADS) {
+        float value = 0.f;
+#pragma unroll 8
+        for (int s = 0; s < splits; s++)
+            value += shares[s * 16 + i / D] * __ldcg(a.partial + (begin + s) * 16 * D + i);
+        out[i] = (bf16)narrow(value);
+    }
 }
 
-#define ENTRY(D)                                                                               \
-    extern "C" __global__ void __launch_bounds__(THREADS) attend_##D(const Arguments a) {      \
-        attend<D>(a);                                                                          \
-    }                                                                                          \
-    extern "C" __global__ void __launch_bounds__(D) combine_##D(const Arguments a) { combine<D>(a); }
+#define ENTRY(D)                                                                          \
+    extern "C" __global__ void __launch_bounds__(THREADS) attend_##D(const Arguments a) { \
+        attend<D>(a);                                                                     \
+    }
 ENTRY(16)
 ENTRY(32)
 ENTRY(64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -14,8 +16,7 @@ BLOCKS = 264  # enough to fill a GPU twice
 LARGEST_SPLITS = 64
 
 _BF16 = (torch.bfloat16,)
-_ATTEND = {dim: Kernel("slot_attention", f"attend_{dim}", 19, overlaps=True) for dim in DIMS}
-_COMBINE = {dim: Kernel("slot_attention", f"combine_{dim}", 19, overlaps=True) for dim in DIMS}
+_ATTEND = {dim: Kernel("slot_attention", f"attend_{dim}", 20, overlaps=True) for dim in DIMS}
 
 
 def slot_attention(
@@ -70,22 +71,19 @@ def slot_attention(
     )
     if not (rows and tokens and columns):
         return
-    most = min(LARGEST_SPLITS, -(-held // (WARPS * KEYS)))
+    most = min(LARGEST_SPLITS, -(-held // (2 * WARPS * KEYS)))  # of two tiles a warp
     splits = max(1, min(most, BLOCKS // (tokens * kv_heads)))
     shape = tokens, kv_heads, splits, 16
-    scratch: list[Tensor] = []
-    if splits > 1:
-        scratch = [
-            torch.empty(*shape, width, dtype=torch.float32, device=query.device)
-            for width in (dim, 2)
-        ]
-    partial, extent = (tensor.data_ptr() for tensor in scratch) if scratch else (0, 0)
+    partial = torch.empty(*shape, dim, dtype=torch.float32, device=query.device)
+    extent = torch.empty(*shape, 2, dtype=torch.float32, device=query.device)
+    arrived = _arrived(query.device, tokens * kv_heads)
     numbers = (
         address,
         *fresh,
         *places,
-        partial,
-        extent,
+        partial.data_ptr(),
+        extent.data_ptr(),
+        arrived.data_ptr(),
         *numbers,
         stride,
         tokens // rows,
@@ -104,5 +102,9 @@ def slot_attention(
         numbers,
         max(tiles, 4 * WARPS * 16 * dim),
     )
-    if splits > 1:
-        _COMBINE[dim].launch(device, (kv_heads * group, tokens, 1), (dim, 1, 1), numbers)
+
+
+@cache
+def _arrived(device: torch.device, number: int) -> Tensor:
+    """How many splits are done: zero before and after every call."""
+    return torch.zeros(number, dtype=torch.int32, device=device)

@@ -4,20 +4,19 @@
 // bytes of rows g and g + 8, and 16 bytes of token g: the eight columns that one lane holds make the
 // columns of two mma in another order, the same for weights and tokens, so nothing is shuffled.
 //
-// There is one block a multiprocessor. It owns an equal share of all rows and goes through it tile by
-// tile, its warps sharing the columns; the copies of coming tiles are always under way, in the shared
-// memory of the lane that will multiply them. Half of a multiprocessor's memory and registers are left
-// to the next kernel, which fills its own stream while this one runs (`wait_for_inputs`).
+// As many blocks as run at the same time share all rows. One, two, four or all of a block's eight warps
+// form a team, which owns an equal share of the rows and goes through it tile by tile, its warps taking
+// turns at the columns; the copies of coming steps are always under way, in the shared memory of the
+// lane that will multiply them, and begin before the kernel before this one has ended.
 #pragma once
 #include "numbers.cuh"
 #include "ptx.cuh"
 
 constexpr int TILE = 16;   // rows of weights
 constexpr int STEP = 32;   // columns of two mma
-constexpr int STAGES = 8;  // steps of weights under way, for each warp
+constexpr int STAGES = 4;  // steps of weights under way, for each warp
 constexpr int WARPS = 8;
 constexpr int THREADS = 32 * WARPS;
-constexpr int RING = WARPS * STAGES * 2 * 32;  // pieces of 16 bytes
 
 // Rows g and g + 8 of a tile; null where there is no such row.
 struct Lines {
@@ -26,45 +25,71 @@ struct Lines {
 
 // Rows [row, row + height) that are multiplied at once.
 struct Tile {
-    long long row;
-    int height;
+    int row, height;
 };
 
-// The tiles of rows [row, last), as equal as can be; none goes over a multiple of `unit`.
-struct Walk {
-    long long row, last, unit;
+// The warps that multiply a tile together: `size` of them, of which this one is number `warp`.
+struct Team {
+    int size, number, warp;
 
-    __device__ __forceinline__ Walk(long long total, long long unit)
-        : row(total * blockIdx.x / gridDim.x), last(total * (blockIdx.x + 1) / gridDim.x), unit(unit) {}
+    __device__ __forceinline__ explicit Team(int size)
+        : size(size), number((int)threadIdx.x / 32 / size), warp((int)threadIdx.x / 32 % size) {}
+
+    // Among the threads of the team.
+    __device__ __forceinline__ int thread() const { return warp * 32 + threadIdx.x % 32; }
+    __device__ __forceinline__ int threads() const { return 32 * size; }
+
+    __device__ __forceinline__ void meet() const {
+        if (size == 1)
+            __syncwarp();
+        else
+            ::meet(1 + number, 32 * size);
+    }
+
+    // The steps of this warp: every size-th, so that a team reads one stretch of memory.
+    __device__ __forceinline__ int steps(int depth) const {
+        return ((depth + STEP - 1) / STEP - warp + size - 1) / size;
+    }
+
+    // The first of this lane's columns in a step of its warp.
+    __device__ __forceinline__ int column(int step) const {
+        return (step * size + warp) * STEP + (int)threadIdx.x % 4 * 8;
+    }
+};
+
+// The tiles of a team's share of all rows, as equal as can be; none goes over a multiple of `unit`.
+struct Walk {
+    int row, last, unit;
+
+    __device__ __forceinline__ Walk(const Team& team, int total, int unit) : unit(unit) {
+        const int teams = gridDim.x * (WARPS / team.size);
+        const int mine = blockIdx.x * (WARPS / team.size) + team.number;
+        row = (int)((long long)total * mine / teams);
+        last = (int)((long long)total * (mine + 1) / teams);
+    }
 
     __device__ __forceinline__ Tile next() {
         if (row >= last) return {last, 0};
-        const int rest = (int)(min(last, (row / unit + 1) * unit) - row);
+        const int rest = min(last, (row / unit + 1) * unit) - row;
         const int tiles = (rest + TILE - 1) / TILE, height = (rest + tiles - 1) / tiles;
         row += height;
         return {row - height, height};
     }
 };
 
-// The steps of a warp: an equal share of all, in the order of memory.
-__device__ __forceinline__ void share_of(int steps, int& begin, int& end) {
-    const int warp = threadIdx.x / 32, each = (steps + WARPS - 1) / WARPS;
-    begin = min(warp * each, steps);
-    end = min(begin + each, steps);
-}
-
 // Weights under way: a lane copies what it will multiply itself, so nobody waits for anybody.
 struct Ring {
+    static constexpr int PIECES = WARPS * STAGES * 2 * 32;  // of 16 bytes, for a block
+
     uint4* own;
     int issued, used;
 
     __device__ __forceinline__ explicit Ring(uint4* shared)
         : own(shared + threadIdx.x / 32 * STAGES * 64 + threadIdx.x % 32), issued(0), used(0) {}
 
-    // Start the copies of one step, or of nothing.
-    __device__ __forceinline__ void issue(const Lines& lines, int step, bool is_there, int depth) {
+    // Start the copies of columns [k, k + 8), or of nothing.
+    __device__ __forceinline__ void issue(const Lines& lines, int k, bool is_there, int depth) {
         if (is_there) {
-            const int k = step * STEP + threadIdx.x % 4 * 8;
             uint4* const to = own + issued++ % STAGES * 64;
             copy_async(to, lines.low + k, lines.low && k < depth);
             copy_async(to + 32, lines.high + k, lines.high && k < depth);
@@ -85,12 +110,12 @@ template <int N, int STEPS>
 struct Tokens {
     uint4 v[STEPS][N], norm[STEPS];
 
-    template <typename Prepare>
+    template <typename Prepare, typename Column>
     __device__ __forceinline__ void load(const bf16* const (&x)[N], int first, int end, int depth,
-                                         const Prepare& prepare) {
+                                         const Prepare& prepare, Column column) {
 #pragma unroll
         for (int i = 0; i < STEPS; i++) {
-            const int k = (first + i) * STEP + threadIdx.x % 4 * 8;
+            const int k = column(first + i);
             const bool inside = first + i < end && k < depth;
             norm[i] = prepare.norm_at(k, inside);
 #pragma unroll
@@ -101,21 +126,28 @@ struct Tokens {
     }
 };
 
-// sum += weights * prepare(tokens) over steps [begin, end); `more` starts the copies of another step.
-template <int N, typename Prepare, typename More>
+// sum += weights * prepare(tokens) over steps [begin, end), whose columns are column(step); `more`
+// starts the copies of another step.
+template <int N, typename Prepare, typename Column, typename More>
 __device__ __forceinline__ void multiply(float (&sum)[N][4], Ring& ring, const bf16* const (&x)[N],
-                                         int begin, int end, int depth, Prepare& prepare, More more) {
+                                         int begin, int end, int depth, Prepare& prepare,
+                                         Column column, More more) {
     constexpr int STEPS = N <= 2 ? 4 : 1;
+    Tokens<N, STEPS> tokens;
+    if (Prepare::AHEAD) tokens.load(x, begin, end, depth, prepare, column);
 #pragma unroll 1
     for (int first = begin; first < end; first += STEPS) {
-        Tokens<N, STEPS> tokens;
-        tokens.load(x, first, end, depth, prepare);
+        Tokens<N, STEPS> coming;
+        if (Prepare::AHEAD)
+            coming.load(x, first + STEPS, end, depth, prepare, column);
+        else
+            tokens.load(x, first, end, depth, prepare, column);
 #pragma unroll
         for (int i = 0; i < STEPS; i++) {
             if (first + i >= end) break;
             uint4 low, high;
             ring.take(low, high);
-            const int k = (first + i) * STEP + threadIdx.x % 4 * 8;
+            const int k = column(first + i);
 #pragma unroll
             for (int n = 0; n < N; n++) {
                 const uint4 u = prepare(n, tokens.v[i][n], tokens.norm[i], k);
@@ -124,11 +156,14 @@ __device__ __forceinline__ void multiply(float (&sum)[N][4], Ring& ring, const b
             }
             more();
         }
+        if (Prepare::AHEAD) tokens = coming;
     }
 }
 
-// Tokens as they are.
+// Tokens as they are; they come from far, and are asked for one batch ahead.
 struct Plain {
+    static constexpr bool AHEAD = true;
+
     __device__ __forceinline__ uint4 norm_at(int, bool) const { return make_uint4(0, 0, 0, 0); }
     __device__ __forceinline__ uint4 operator()(int, const uint4& v, const uint4&, int) const {
         return v;
@@ -142,6 +177,8 @@ __device__ __forceinline__ uint4 load_norm(const bf16* norm, int k, bool inside)
 // Tokens times the norm's weight; their squares are summed on the way, for a factor at the end.
 template <int N>
 struct Normed {
+    static constexpr bool AHEAD = false;
+
     const bf16* norm;
     float squares[N];
 
@@ -169,7 +206,7 @@ __device__ __forceinline__ float over_four(float x) {
     return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// What the warps of a block have summed for one tile. Two of them by turns need one barrier a tile.
+// What the warps of all teams have summed for a tile each. Two of them by turns need one barrier a tile.
 template <int N>
 struct Gathered {
     float sums[WARPS][N][4][32];
@@ -193,19 +230,18 @@ struct Gathered {
     }
 
     // The norm's factor of a token.
-    __device__ __forceinline__ float factor(int token, int depth, float eps) const {
+    __device__ __forceinline__ float factor(const Team& team, int token, int depth, float eps) const {
         float sum = 0.f;
-#pragma unroll
-        for (int warp = 0; warp < WARPS; warp++) sum += squares[warp][token];
+        for (int w = 0; w < team.size; w++) sum += squares[team.number * team.size + w][token];
         return rsqrtf(sum / depth + eps);
     }
 
-    // The product of row `row` of the tile with token `token`.
-    __device__ __forceinline__ float at(int row, int token) const {
+    // The product of row `row` of the team's tile with token `token`.
+    __device__ __forceinline__ float at(const Team& team, int row, int token) const {
         const int i = row / 8 * 2 + token % 2, lane = row % 8 * 4 + token % 8 / 2;
         float sum = 0.f;
-#pragma unroll
-        for (int warp = 0; warp < WARPS; warp++) sum += sums[warp][token / 8][i][lane];
+        for (int w = 0; w < team.size; w++)
+            sum += sums[team.number * team.size + w][token / 8][i][lane];
         return sum;
     }
 };

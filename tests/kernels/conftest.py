@@ -50,8 +50,9 @@ def short() -> Any:
     """The launchers of a short pass's kernels."""
     from cascade.kernels.choose_experts import choose_experts
     from cascade.kernels.embed_tokens import embed_tokens
-    from cascade.kernels.experts_down import experts_down
-    from cascade.kernels.experts_up import experts_up
+    from cascade.kernels.combine_pairs import combine_pairs
+    from cascade.kernels.experts_product import experts_pairs_down, experts_pairs_up
+    from cascade.kernels.experts_sum import experts_sum
     from cascade.kernels.group_norm import group_norm
     from cascade.kernels.mamba_step import mamba_step
     from cascade.kernels.pick_tokens import pick_tokens
@@ -61,8 +62,10 @@ def short() -> Any:
     return SimpleNamespace(
         choose_experts=choose_experts,
         embed_tokens=embed_tokens,
-        experts_down=experts_down,
-        experts_up=experts_up,
+        combine_pairs=combine_pairs,
+        experts_pairs_down=experts_pairs_down,
+        experts_pairs_up=experts_pairs_up,
+        experts_sum=experts_sum,
         group_norm=group_norm,
         mamba_step=mamba_step,
         pick_tokens=pick_tokens,

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cascade.kernels import checks
+from cascade.kernels import checks, mamba_decode, tile_stream
 from cascade.kernels import reference_decode as reference
 from cascade.kernels.plan import Plan
 
@@ -54,6 +54,25 @@ def assert_near(got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
 
 
 # ---- products ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("team", [1, 2, 4, 8])
+@pytest.mark.parametrize(("rows", "kind"), [(3, "store"), (61, "relu2"), (150, "add")])
+def test_a_tile_may_have_any_team(
+    short: Any, device: str, team: int, rows: int, kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tile_stream, "team", lambda *sizes: team)
+    x, norm, weight = (
+        normal(5, 328, device=device),
+        normal(328, device=device),
+        prefix(rows, 328, device),
+    )
+    for given in (None, norm):
+        out = normal(5, -(-rows // 8) * 8, device=device)[:, :rows]
+        expected = wide(out.clone())
+        reference.norm_linear(wide(x), [wide(weight)], [expected], [kind], wide(given), eps=1e-5)
+        short.skinny_linear(x, [weight], [out], [kind], given, eps=1e-5)
+        assert_near([out], [expected])
 
 
 @pytest.mark.parametrize("norm", ["none", "whole", "groups"])
@@ -138,7 +157,10 @@ def test_pick_tokens(short: Any, device: str) -> None:
 # ---- the layers between the products -----------------------------------------------------------
 
 
-@pytest.mark.parametrize(("rows", "length", "old"), [(1, 1, 0), (3, 1, 5), (2, 9, 3), (3, 20, 4)])
+@pytest.mark.parametrize(
+    ("rows", "length", "old", "blocks"),
+    [(1, 1, 0, 128), (3, 1, 5, 128), (3, 1, 5, 1), (2, 9, 3, 128), (3, 20, 4, 128)],
+)
 @pytest.mark.parametrize(
     ("heads", "dim", "size", "groups", "state_dtype"),
     [(4, 32, 32, 1, F32), (8, 8, 16, 2, F32), (4, 64, 128, 2, BF16), (4, 24, 64, 4, F32)],
@@ -154,7 +176,10 @@ def test_mamba_step(
     rows: int,
     length: int,
     old: int,
+    blocks: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(mamba_decode, "BLOCKS", blocks)
     held, slots_held = 26, rows + 2
     inner, channels = heads * dim, heads * dim + 2 * groups * size
     width, columns = inner + groups * size, inner + channels + heads
@@ -261,7 +286,8 @@ def test_slot_attention(
         (3, 1, 16, 3, 72, 48, 48),
         (2, 5, 128, 6, 96, 40, 80),
         (70, 1, 16, 4, 40, 24, 32),
-        (1, 9, 4, 2, 200, 200, 0),
+        (1, 9, 4, 2, 200, 200, 8),
+        (25, 1, 12, 2, 264, 56, 200),
     ],
 )
 def test_experts(
@@ -293,20 +319,33 @@ def test_experts(
     up = normal(experts, width + 8, depth + 16, scale=depth**-0.5, device=device)
     down = normal(experts, depth + 8, width + 8, scale=width**-0.5, device=device)
     up, down = up[:, :width, :depth], down[:, :depth, :width]
+    shared_up, shared_down = prefix(shared, depth, device), prefix(depth, shared, device)
     inner = unwritten(tokens * top_k, width, device=device)
-    wanted = wide(inner.clone())
-    reference.experts_up(wide(x), wide(norm), 1e-5, wide(up), expected, wanted)
-    short.experts_up(x, norm, 1e-5, up, plan, inner)
+    dense = unwritten(tokens, shared + 8, device=device)[:, :shared]
+    wanted, wanted_dense = wide(inner.clone()), wide(dense.clone())
+    weights = wide(x), wide(norm), 1e-5, wide(up), expected
+    reference.experts_up(*weights, wanted, wide(shared_up), wanted_dense)
+    if tokens <= 32:
+        short.experts_pairs_up(x, norm, 1e-5, up, plan, inner, shared_up, dense)
+        assert_near([dense, inner[:pairs]], [wanted_dense, wanted[:pairs]])
+        assert inner[pairs:].isnan().all()
+        inner.fill_(math.nan)
+    short.experts_pairs_up(x, norm, 1e-5, up, plan, inner)
     assert_near([inner[:pairs]], [wanted[:pairs]])
     assert inner[pairs:].isnan().all()
 
-    dense: tuple[Tensor | None, Tensor | None] = (None, None)
-    if shared:
-        dense = normal(tokens, shared, device=device), prefix(depth, shared, device)
+    dense.copy_(wanted_dense)
     result = wide(x.clone())
-    reference.experts_down(result, wide(inner), wide(down), expected, *wide(dense))
-    short.experts_down(x, inner, down, plan, *dense)
+    reference.experts_down(
+        result, wide(inner), wide(down), expected, wide(dense.clone()), wide(shared_down)
+    )
+    before, apart = x.clone(), unwritten(tokens * top_k, depth, device=device, dtype=F32)
+    short.experts_sum(x, inner, down, plan, dense, shared_down)
     assert_near([x], [result])
+    short.experts_pairs_down(inner, down, plan, apart)
+    short.combine_pairs(before, apart, plan)
+    before += (wide(dense.clone()) @ wide(shared_down).T).to(BF16)
+    assert_near([before], [wide(x)])
 
 
 def test_choose_experts_survives_logits_that_are_no_numbers(short: Any, device: str) -> None:

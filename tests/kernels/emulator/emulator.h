@@ -22,6 +22,9 @@
 struct uint2 {
     unsigned x, y;
 };
+struct float2 {
+    float x, y;
+};
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
@@ -59,11 +62,18 @@ inline float __expf(float x) { return expf(x); }
 inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline void __threadfence() {}
+inline float __ldcg(const float* from) { return *from; }
 
 template <class T>
 inline T atomicOr(T* place, T value) {
     const T before = *place;
     *place = before | value;
+    return before;
+}
+template <class T>
+inline T atomicAdd(T* place, T value) {
+    const T before = *place;
+    *place = before + value;
     return before;
 }
 inline unsigned atomicInc(unsigned* place, unsigned most) {
@@ -203,6 +213,17 @@ inline uint4 load_transposed(const void* row) {
     return {words[0], words[1], words[2], words[3]};
 }
 
+inline void meet(int number, int threads) {
+    static int here[16];
+    static long rounds[16];
+    const long mine = rounds[number];
+    if (++here[number] == threads) {
+        here[number] = 0;
+        rounds[number]++;
+    } else
+        while (rounds[number] == mine) yield();
+}
+
 inline unsigned rounded(float x) {
     const unsigned bits = __float_as_uint(x);
     return (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
@@ -213,5 +234,6 @@ inline unsigned times(unsigned a, unsigned b) {
 }
 
 inline int fresh(const int* from) { return *from; }
+inline float fresh(const float* from) { return *from; }
 inline void wait_for_inputs() {}
 inline void let_next_start() {}

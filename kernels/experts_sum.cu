@@ -9,14 +9,14 @@ struct Arguments {
     bf16* x;                   // [tokens, hidden], rows x_stride apart
     const bf16* inner;         // [pairs, width]
     const bf16* down;          // [experts, hidden, width], strides apart
-    const bf16* shared_inner;  // [tokens, shared width]
+    const bf16* shared_inner;  // [tokens, shared width], rows shared_input apart
     const bf16* shared_down;   // [hidden, shared width], rows shared_stride apart
     const int* items;          // [3, items held]: expert, first pair, pairs
     const int* counts;
     const int* pair_token;
     const float* pair_weight;
     long long x_stride, tokens, hidden, width, expert_stride, row_stride;
-    long long shared_width, shared_stride, items_held;
+    long long shared_width, shared_stride, shared_input, items_held;
 };
 
 // A run of steps of one item, or of up to 8 * N tokens of the shared expert.
@@ -49,21 +49,23 @@ struct Plan {
     }
 };
 
-// grid = (multiprocessors); shared: the ring, then sums [WARPS, tokens, TILE] fp32
+// grid = (blocks that share the channels); shared: the ring, then sums [WARPS, tokens, TILE] fp32
 template <int N>
 __device__ __forceinline__ void down(const Arguments& a) {
     extern __shared__ uint4 shared[];
-    float* const sums = reinterpret_cast<float*>(shared + RING);
+    float* const sums = reinterpret_cast<float*>(shared + Ring::PIECES);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
-    const int tokens = (int)a.tokens;
+    const int tokens = (int)a.tokens, hidden = (int)a.hidden;
+    const Team team(WARPS);
     float* const own = sums + warp * tokens * TILE;
     // Written by the kernel before the one before, so there already; not what L1 has of it.
     const Plan plan = Plan::of<N>(a, fresh(a.counts));
     const int first_step = (int)((long long)plan.total * warp / WARPS);
     const int last_step = (int)((long long)plan.total * (warp + 1) / WARPS);
 
+    const auto column = [](int step) { return step * STEP + (int)threadIdx.x % 4 * 8; };
     Ring ring(shared);
-    Walk ahead(a.hidden, a.hidden);
+    Walk ahead(team, hidden, hidden);
     Tile coming = ahead.next();
     Piece piece = {false, 0, 0, 0};
     Lines lines = {nullptr, nullptr};
@@ -86,7 +88,7 @@ __device__ __forceinline__ void down(const Arguments& a) {
             }
             step = piece.begin;
         }
-        ring.issue(lines, step, step < piece.end, depth_ahead);
+        ring.issue(lines, column(step), step < piece.end, depth_ahead);
         step++;
     };
 #pragma unroll 1
@@ -94,7 +96,7 @@ __device__ __forceinline__ void down(const Arguments& a) {
     wait_for_inputs();
     let_next_start();
 
-    Walk walk(a.hidden, a.hidden);
+    Walk walk(team, hidden, hidden);
     for (Tile tile = walk.next(); tile.height; tile = walk.next()) {
         for (int i = lane; i < tokens * TILE; i += 32) own[i] = 0.f;
         __syncwarp();
@@ -105,13 +107,14 @@ __device__ __forceinline__ void down(const Arguments& a) {
             const int count =
                 now.is_routed ? a.items[2 * a.items_held + now.item] : min(8 * N, tokens - (int)first);
             const bf16* const source = now.is_routed ? a.inner : a.shared_inner;
+            const long long stride = now.is_routed ? a.width : a.shared_input;
             const bf16* x[N];
 #pragma unroll
             for (int n = 0; n < N; n++)
-                x[n] = n * 8 + g < count ? source + (first + n * 8 + g) * depth : nullptr;
+                x[n] = n * 8 + g < count ? source + (first + n * 8 + g) * stride : nullptr;
             float sum[N][4] = {};
             Plain plain;
-            multiply(sum, ring, x, now.begin, now.end, depth, plain, more);
+            multiply(sum, ring, x, now.begin, now.end, depth, plain, column, more);
 #pragma unroll
             for (int n = 0; n < N; n++)
 #pragma unroll

@@ -1,0 +1,134 @@
+"""Launchers of experts_product.cu."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cascade.kernels import checks, tile_stream
+from cascade.kernels.compiler import Kernel
+from cascade.kernels.plan import Plan
+
+THREADS = 256  # as in the .cu
+SHARED_WIDTHS = (8, 16, 32)  # tokens of the shared expert at once
+
+_BF16, _INT32, _FP32 = (torch.bfloat16,), (torch.int32,), (torch.float32,)
+_KERNELS = {
+    name: Kernel("experts_product", name, 22, overlaps=True)
+    for name in (
+        *(f"up_8_shared_{width}" for width in SHARED_WIDTHS),
+        *(f"{half}_{tokens}" for half in ("up", "down") for tokens in (8, 16)),
+    )
+}
+
+
+def experts_pairs_up(
+    x: Tensor,
+    norm: Tensor,
+    eps: float,
+    up: Tensor,
+    plan: Plan,
+    inner: Tensor,
+    shared_up: Tensor | None = None,
+    dense: Tensor | None = None,
+) -> None:
+    """inner <- relu(up(RMSNorm(x))) ** 2 of the plan's pairs; first the same of the shared expert.
+
+    See reference_decode.experts_up. bf16; K and the strides of `up` and `shared_up` must be multiples
+    of 8. With a shared expert at most 32 tokens.
+    """
+    depth = x.shape[-1]
+    scale = checks.array("norm", norm, _BF16, (depth,))
+    checks.aligned("norm", scale)
+    pairs, width = plan.tokens.numel(), up.shape[1]
+    target = checks.array("inner", inner, _BF16, (pairs, width))
+    if (shared_up is None) != (dense is None):
+        raise checks.KernelArgumentError("shared_up and dense go together")
+    if shared_up is None or dense is None:
+        _launch("up", x, up, plan, target, scale, eps, (0, 0, 0, 0, 0), norm, inner)
+        return
+    tokens, rows = x.shape[0], shared_up.shape[0]
+    checks.within("the number of tokens", tokens, 0, SHARED_WIDTHS[-1])
+    source, stride = checks.strided("shared_up", shared_up, _BF16, (rows, depth))
+    place, dense_stride = checks.strided("dense", dense, _BF16, (tokens, rows))
+    shared = (source, place, rows, stride, dense_stride)
+    _launch("up", x, up, plan, target, scale, eps, shared, norm, inner, shared_up, dense)
+
+
+def experts_pairs_down(inner: Tensor, down: Tensor, plan: Plan, out: Tensor) -> None:
+    """The second half of the chosen experts: out [n * k, K] fp32 <- down(inner) of each pair.
+
+    inner: [n * k, F]; down: [E, K, F], possibly a prefix view; F and the strides of `down` must be
+    multiples of 8.
+    """
+    pairs, width = plan.tokens.numel(), down.shape[1]
+    target = checks.array("out", out, _FP32, (pairs, width))
+    checks.within("the rows of inner", inner.shape[0], pairs, pairs)
+    _launch("down", inner, down, plan, target, 0, 0.0, (0, 0, 0, 0, 0), out)
+
+
+def _launch(
+    half: str,
+    x: Tensor,
+    weights: Tensor,
+    plan: Plan,
+    target: int,
+    scale: int,
+    eps: float,
+    shared: tuple[int, int, int, int, int],
+    *others: Tensor,
+) -> None:
+    rows, depth = checks.sizes("x", x, "n K")
+    experts, width, _ = checks.sizes("weights", weights, "E F K")
+    source, stride = checks.strided("x", x, _BF16, (rows, depth))
+    address, expert_stride, row_stride = checks.strided(
+        "weights", weights, _BF16, (experts, width, depth)
+    )
+    checks.multiple("the depth K", depth, 8)
+    pairs, (_, held) = plan.tokens.numel(), checks.sizes("plan.items", plan.items, "3 I")
+    places = (
+        checks.array("plan.items", plan.items, _INT32, (3, held)),
+        checks.array("plan.counts", plan.counts, _INT32, (2,)),
+        checks.array("plan.tokens", plan.tokens, _INT32, (pairs,)),
+    )
+    shared_up, dense, shared_width, shared_stride, dense_stride = shared
+    name = f"{half}_{plan.item_tokens}"
+    if shared_width:
+        name += f"_shared_{next(w for w in SHARED_WIDTHS if rows <= w)}"
+    if name not in _KERNELS:
+        raise checks.KernelArgumentError(
+            f"items of {plan.item_tokens} tokens; expected 8, or 16 without a shared expert"
+        )
+    device = checks.one_gpu(x, weights, *plan[:3], *others)
+    if not (rows and depth and width and held):
+        return
+    at_once = 0 if shared_width and rows > SHARED_WIDTHS[0] else plan.item_tokens
+    blocks = tile_stream.blocks(device, at_once, held * width)
+    _KERNELS[name].launch(
+        device,
+        (blocks, 1, 1),
+        (THREADS, 1, 1),
+        (
+            source,
+            scale,
+            address,
+            target,
+            shared_up,
+            dense,
+            *places,
+            stride,
+            rows,
+            depth,
+            width,
+            expert_stride,
+            row_stride,
+            shared_width,
+            shared_stride,
+            dense_stride,
+            held,
+            checks.float_bits(eps),
+            tile_stream.team(blocks, held * width, plan.item_tokens),
+            tile_stream.team(blocks, shared_width, SHARED_WIDTHS[-1]),
+        ),
+        tile_stream.RING,
+    )

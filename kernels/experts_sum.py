@@ -1,0 +1,88 @@
+"""Launcher of experts_sum.cu."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cascade.kernels import checks, tile_stream
+from cascade.kernels.compiler import Kernel
+from cascade.kernels.plan import Plan
+
+THREADS, WARPS, TILE = 256, 8, 16  # as in the .cu
+LARGEST_SHARED = 227 * 1024 - tile_stream.RING
+
+_BF16, _INT32, _FP32 = (torch.bfloat16,), (torch.int32,), (torch.float32,)
+_KERNELS = {
+    tokens: Kernel("experts_sum", f"down_{tokens}", 19, overlaps=True) for tokens in (8, 16)
+}
+
+
+def experts_sum(
+    x: Tensor,
+    inner: Tensor,
+    down: Tensor,
+    plan: Plan,
+    shared_inner: Tensor,
+    shared_down: Tensor,
+) -> None:
+    """The second half of the chosen experts and of the shared one, added up as it is computed.
+
+    For few tokens. See reference_decode.experts_down. bf16; F, Fs and all strides must be multiples of 8; at most
+    320 tokens.
+    """
+    tokens, hidden = checks.sizes("x", x, "n K")
+    experts, _, width = checks.sizes("down", down, "E K F")
+    address, stride = checks.strided("x", x, _BF16, (tokens, hidden))
+    weights, expert_stride, row_stride = checks.strided(
+        "down", down, _BF16, (experts, hidden, width)
+    )
+    checks.multiple("the width F", width, 8)
+    pairs, (_, held) = plan.tokens.numel(), checks.sizes("plan.items", plan.items, "3 I")
+    shared_width = checks.sizes("shared_down", shared_down, "K Fs")[1]
+    checks.multiple("the width Fs", shared_width, 8)
+    shared_source, shared_input = checks.strided(
+        "shared_inner", shared_inner, _BF16, (tokens, shared_width)
+    )
+    shared_place, shared_stride = checks.strided(
+        "shared_down", shared_down, _BF16, (hidden, shared_width)
+    )
+    source = checks.array("inner", inner, _BF16, (pairs, width))
+    checks.aligned("inner", source)
+    places = (
+        checks.array("plan.items", plan.items, _INT32, (3, held)),
+        checks.array("plan.counts", plan.counts, _INT32, (2,)),
+        checks.array("plan.tokens", plan.tokens, _INT32, (pairs,)),
+        checks.array("plan.weights", plan.weights, _FP32, (pairs,)),
+    )
+    if plan.item_tokens not in _KERNELS:
+        raise checks.KernelArgumentError(f"items of {plan.item_tokens} tokens; expected 8 or 16")
+    sums = 4 * WARPS * tokens * TILE
+    checks.within("the sums of all tokens, in bytes of shared memory,", sums, 0, LARGEST_SHARED)
+    device = checks.one_gpu(x, inner, down, shared_inner, shared_down, *plan[:4])
+    if not (tokens and hidden and width):
+        return
+    _KERNELS[plan.item_tokens].launch(
+        device,
+        (tile_stream.blocks(device, 0, hidden), 1, 1),
+        (THREADS, 1, 1),
+        (
+            address,
+            source,
+            weights,
+            shared_source,
+            shared_place,
+            *places,
+            stride,
+            tokens,
+            hidden,
+            width,
+            expert_stride,
+            row_stride,
+            shared_width,
+            shared_stride,
+            shared_input,
+            held,
+        ),
+        tile_stream.RING + sums,
+    )
