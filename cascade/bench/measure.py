@@ -87,7 +87,8 @@ class Bench:
                 ids[:] = [self.random_ids(tokens)]
 
             seconds = self.clock.median(lambda: row.append(ids[0], slice), 3, clear)
-        return Prefill(slice, tokens, seconds)
+        flops = 2 * tokens * self.model.slice_spec(slice).active
+        return Prefill(slice, tokens, seconds, flops)
 
     def switch(self, before: str, after: str) -> Switch:
         """Drafts of one slice over a shared cache, behind its own and behind another's."""

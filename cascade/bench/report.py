@@ -78,11 +78,15 @@ class Scoring:
 
 @dataclass(frozen=True, slots=True)
 class Prefill:
-    """A prompt of `tokens`, run and committed, batch 1. matrix_flops: of the dense parts."""
+    """A prompt of `tokens`, run and committed, batch 1.
+
+    flops: two for each token and active parameter; the scan and attention are left out
+    """
 
     slice: str
     tokens: int
     seconds: float
+    flops: int
 
     @property
     def tokens_per_second(self) -> float:

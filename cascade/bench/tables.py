@@ -84,11 +84,14 @@ def _sentences(report: Report) -> Iterator[str]:
     if counted:
         least = min(e.distinct / e.spread for e in counted)
         yield (
-            "experts: distinct ones read by a step or a pass, counted on the tokens that were timed, mean over layers; in brackets "
-            "what evenly spread routing reads, E (1 - (1 - k / E) ^ tokens). "
+            "experts: distinct ones read by a step or a pass, counted on the tokens that were "
+            "timed, mean over layers; in brackets what evenly spread routing reads, "
+            "E (1 - (1 - k / E) ^ tokens). "
             f"Least share of that: {least:.0%}"
             + ("" if least >= SPREAD else ", so the routing of these tokens is not spread")
         )
+    rates = ", ".join(f"{p.slice} {p.flops / p.seconds / 1e12:,.2f}" for p in report.prefill)
+    yield f"prefill, TFLOP/s at two operations an active parameter and token: {rates}"
     for switch in report.switches:
         yield f"switch {switch.before} -> {switch.after}: {switch.seconds * 1e3:+.2f} ms"
     memory = report.memory
