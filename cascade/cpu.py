@@ -3,7 +3,7 @@
 A small model spends its time in starting operations, and NumPy starts them faster than PyTorch.
 When decoding, the plain pass replays the journal on top of what is committed for every token; here
 the replayed windows and states are kept from one token to the next, outside the cache, so that a
-token costs one step of the recurrence. A row's results do not depend on the rows beside it.
+token costs one step of the recurrence. Results of a row do not depend on the few beside it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,13 @@ from cascade.runner import Runner
 from cascade.threads import threads_for
 from cascade.weights import AttentionWeights, MambaWeights, MLPWeights, ModelWeights, MoEWeights
 
+MOST_ROWS = 8  # decoded one after the other; more share the products of a plain pass
+
 
 class CpuRunner(Runner):
-    """Runs few tokens in float32 by `kernels.cpu`'s steps and spans, all else the plain way."""
+    """Runs one row's tokens, and one token of a few rows, in float32 by `kernels.cpu`'s steps and
+    spans; all else takes the plain route.
+    """
 
     def __init__(self, views: Sequence[ModelWeights]) -> None:
         super().__init__(views)
@@ -37,17 +41,17 @@ class CpuRunner(Runner):
     def hidden(
         self, writer: int, cache: Cache, journal: Journal, feeds: Sequence[Feed]
     ) -> list[Tensor]:
-        tokens = sum(len(feed.ids) for feed in feeds)
-        if tokens > LONGEST or not _is_float32(cache):
+        tokens = len(feeds[0].ids)
+        if len(feeds) > 1 or tokens > LONGEST or not _is_float32(cache):
             return super().hidden(writer, cache, journal, feeds)
         weights = self._slice(writer, cache.arch)
         self._ahead = _Ahead()
         with threads_for(cache.device, tokens, weights.width), np.errstate(all="ignore"):
-            rows = _rows(cache, journal, feeds, own=False)
-            return [torch.from_numpy(weights.span(row)) for row in rows]
+            [row] = _rows(cache, journal, feeds, own=False)
+            return [torch.from_numpy(weights.span(row))]
 
     def decode(self, writer: int, cache: Cache, feeds: Sequence[Feed]) -> Tensor:
-        if not _is_float32(cache):
+        if len(feeds) > MOST_ROWS or not _is_float32(cache):
             return super().decode(writer, cache, feeds)
         weights = self._slice(writer, cache.arch)
         with threads_for(cache.device, 1, weights.width), np.errstate(all="ignore"):
