@@ -84,14 +84,20 @@ def checkpoint_tensors(weights: ModelWeights) -> Iterator[tuple[str, Tensor]]:
 
     The inverse of `checkpoint.assemble`.
     """
-    yield from _named(EMBEDDINGS, weights.embeddings)
+    for name, tensor in module_tensors(weights):
+        yield from _named(name, tensor)
+
+
+def module_tensors(weights: ModelWeights) -> Iterator[tuple[str, Tensor]]:
+    """The same as transformers' modules name and shape them: experts stacked."""
+    yield EMBEDDINGS, weights.embeddings
     for index, layer in enumerate(weights.layers):
-        yield from _named(f"model.layers.{index}.norm.weight", layer.norm)
+        yield f"model.layers.{index}.norm.weight", layer.norm
         for name, tensor in _mixer(layer.mixer):
             if tensor is not None:
-                yield from _named(f"model.layers.{index}.mixer.{name}", tensor)
-    yield from _named(FINAL_NORM, weights.norm)
-    yield from _named(HEAD, weights.head)
+                yield f"model.layers.{index}.mixer.{name}", tensor
+    yield FINAL_NORM, weights.norm
+    yield HEAD, weights.head
 
 
 def _named(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

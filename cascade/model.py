@@ -13,8 +13,7 @@ from cascade import checkpoint, kernels
 from cascade.architecture import Architecture
 from cascade.cache import Cache, DraftCache
 from cascade.errors import SequenceError, SliceError, unknown
-from cascade.graphs import GraphRunner
-from cascade.runner import Runner
+from cascade.runner import Runner, runner_for
 from cascade.sequence import Consistency, Sequence
 from cascade.slices import SliceSpec, custom_slice, resolve_slices, slice_for
 from cascade.weights import MambaWeights, ModelWeights, MoEWeights
@@ -52,11 +51,7 @@ class ElasticModel:
         self._names = list(slices)
         self._parent = weights
         self._views = [self._view(spec) for spec in slices.values()]
-        self.runner = (
-            GraphRunner(self._views, self.arch, self.kernels)
-            if self.kernels.CAPTURABLE
-            else Runner(self._views)
-        )
+        self.runner: Runner = runner_for(self.arch, self.kernels, self._views)
         self._decay = torch.stack(
             [layer.mixer.decay for layer in weights.layers if isinstance(layer.mixer, MambaWeights)]
         )

@@ -8,11 +8,13 @@ nothing else, so a pass that fails leaves nothing to undo (`cache`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from cascade.architecture import Architecture
 from cascade.cache import Cache, Journal
 from cascade.forward import Feed, forward, logits
 from cascade.weights import ModelWeights
@@ -60,3 +62,16 @@ class Runner:
     def chain(self, cache: Cache, rows: int) -> Decoder | None:
         """What drafts greedily without the host in between; None where nothing does."""
         return None
+
+
+def runner_for(arch: Architecture, kernels: ModuleType, views: Sequence[ModelWeights]) -> Runner:
+    """The runner that goes with the kernels that `kernels.load` has chosen."""
+    if kernels.CAPTURABLE:
+        from cascade.graphs import GraphRunner
+
+        return GraphRunner(views, arch, kernels)
+    if kernels.__name__ == "cascade.kernels.cpu":
+        from cascade.cpu import CpuRunner
+
+        return CpuRunner(views)
+    return Runner(views)

@@ -129,8 +129,9 @@ class Sampler:
     def is_argmax(self) -> bool:
         """Whether the next id is the likeliest one, whatever came before."""
         p = self.params
-        plain = p.repetition_penalty == 1 and not p.logit_bias
-        return p.greedy and plain and not (self.ends and p.min_tokens)
+        penalties = p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty
+        changed = penalties or p.logit_bias or (self.ends and p.min_tokens)
+        return p.greedy and not changed
 
     def distribution(self, logits: Tensor, tokens: Seq[int]) -> Tensor:
         """Probabilities [V] of the next token after `tokens`; see `distributions`."""
@@ -161,8 +162,13 @@ class Sampler:
             probs = probs.masked_fill(probs < p.min_p * probs.amax(-1, keepdim=True), 0.0)
         return probs / probs.sum(-1, keepdim=True)
 
-    def sample(self, logits: Tensor, tokens: Seq[int], kernels: Any) -> tuple[int, Tensor]:
-        """Draw the next id after `tokens`; also the distribution [V] it was drawn from."""
+    def sample(self, logits: Tensor, tokens: Seq[int], kernels: Any) -> tuple[int, Tensor | None]:
+        """Draw the next id after `tokens`; also the distribution [V] it was drawn from.
+
+        None stands for certainty: greedy draws have no other outcome.
+        """
+        if self.params.greedy:
+            return int(self.adjusted(logits[None], tokens)[0].argmax()), None
         probs = self.distribution(logits, tokens)
         return self.draw(probs[None], len(tokens), kernels)[0], probs
 

@@ -85,7 +85,7 @@ class Sequence:
         self._drafted: list[int] = []
         # Logits [V] by the slice that ran last: row i predicts token number length + i.
         self._rows: list[Tensor] = []
-        self._proposals: list[Tensor | None] = []  # None where `propose` gave the id
+        self._proposals: list[Tensor | None] = []  # None where no other id was possible
         self._verified = False  # whether the slice that ran last was asked to verify all of them
         self._companion: Sequence | None = None
         self._slot: Slot | None = slot or cache.allocate()
@@ -106,7 +106,7 @@ class Sequence:
     def proposals(self) -> list[Tensor]:
         """For each drafted id the distribution [V] that it was really drawn from; read only.
 
-        An id given to `propose` was drawn with probability 1.
+        An id given to `propose`, or drawn greedily, was drawn with probability 1.
         """
         return [
             self._certainly(token) if proposal is None else proposal

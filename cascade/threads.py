@@ -8,6 +8,12 @@ from contextlib import contextmanager
 import torch
 
 SMALL = 4096  # activations (tokens x width): below this one thread is about as fast as several
+SMALL_MODEL = 256 * 2**20  # bytes of weights: the same for a whole process that runs such a model
+
+
+def suits_one_thread(device: torch.device, weight_bytes: int) -> bool:
+    """Whether a process that does nothing else should run this model on one thread."""
+    return device.type == "cpu" and weight_bytes < SMALL_MODEL
 
 
 @contextmanager

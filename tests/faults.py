@@ -9,6 +9,7 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 
 import cascade
@@ -73,7 +74,8 @@ class FaultyKernels:
                 raise self._error
             result = kernel(*args, **kwargs)
             if raising and self._nan:
-                return torch.full_like(result, torch.nan)
+                full_like = np.full_like if isinstance(result, np.ndarray) else torch.full_like
+                return full_like(result, torch.nan)
             if raising:
                 raise self._error
             return result

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from cascade.cache import Cache
+from cascade.kernels import Backend
 from cascade.model import ElasticModel
 from cascade.sequence import Sequence
 from cascade.slices import resolve_slices
@@ -64,7 +65,9 @@ def parent(pattern: str, *, seed: int = 0, **sizes: Any) -> NemotronHForCausalLM
 
 
 def elastic(
-    source: NemotronHForCausalLM, slices: dict[str, tuple[int, int]] | None = None
+    source: NemotronHForCausalLM,
+    slices: dict[str, tuple[int, int]] | None = None,
+    backend: Backend = "auto",
 ) -> ElasticModel:
     """The same weights, not copied, as an ElasticModel."""
     config = source.config
@@ -75,7 +78,8 @@ def elastic(
     weights = ModelWeights(
         source.model.embeddings.weight, layers, source.model.norm_f.weight, source.lm_head.weight
     )
-    return ElasticModel(config, weights, resolve_slices(config, slices or SLICES, None))
+    specs = resolve_slices(config, slices or SLICES, None)
+    return ElasticModel(config, weights, specs, backend=backend)
 
 
 def prefix(source: NemotronHForCausalLM, hidden: int, ffn: int) -> NemotronHForCausalLM:

@@ -33,9 +33,13 @@ from tests.nested import elastic, parent
 PROMPT = [5, 9, 2, 33, 60, 1, 17, 17, 40, 8]
 LENGTH, DRAFT = 32, 6
 FOLDING = ("ssm_commit", "conv_commit", "provenance_stamp", "journal_keep")
-COMPUTING = ("rms_norm", "causal_conv", "ssm_scan", "gated_norm", "attention", "experts")
+COMPUTING = tuple(
+    name + way
+    for name in ("rms_norm", "causal_conv", "ssm_scan", "gated_norm", "attention", "experts")
+    for way in ("", "_step", "_span")
+)
 ERRORS = [Injected(), MemoryError("out of memory"), KeyboardInterrupt(), RuntimeError("lost")]
-FILES = ("batch.py", "passes.py", "cache.py", "sequence.py", "companion.py")
+FILES = ("batch.py", "passes.py", "cache.py", "sequence.py", "companion.py", "runner.py", "cpu.py")
 # The consistency modes, and a draft slice with a cache of its own.
 KINDS: dict[str, dict[str, Any]] = {
     "exact": {"consistency": "exact"},

@@ -26,3 +26,15 @@ def test_a_strategy_of_ones_own_is_short_and_solves_a_problem() -> None:
     printed = output("own_strategy.py")
     assert "57 + 87 + 70 = 214" in printed and "</think>202" in printed
     assert "tokens by small" in printed
+
+
+def test_both_routes_on_a_processor_write_the_same_and_one_is_faster() -> None:
+    printed = output("bench_cpu.py", "--rounds", "1", "--problems", "1")
+    rows = [line.split() for line in printed.splitlines()[2:]]
+    assert [row[:-3] for row in rows] == [
+        ["single", "small"],
+        ["single", "medium"],
+        ["single", "large"],
+        ["stepwise"],
+    ]
+    assert all(float(row[-1].removesuffix("x")) > 1 for row in rows)

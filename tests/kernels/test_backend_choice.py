@@ -8,22 +8,26 @@ import sys
 
 import pytest
 
-from cascade.kernels import load, reference
+from cascade.kernels import Backend, load, reference
 
 
-def test_the_cpu_gets_the_reference_and_no_cupy() -> None:
+def test_the_cpu_gets_its_own_kernels_and_no_cupy() -> None:
     script = (
         "import sys; from cascade.kernels import load; kernels = load('cpu');"
-        "assert kernels.__name__ == 'cascade.kernels.reference', kernels;"
+        "assert kernels.__name__ == 'cascade.kernels.cpu', kernels;"
+        "plain = load('cpu', 'reference');"
+        "assert plain.__name__ == 'cascade.kernels.reference', plain;"
         "assert 'cupy' not in sys.modules and 'cascade.kernels.cuda' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
-def test_both_backends_have_the_same_functions_and_signatures() -> None:
-    pytest.importorskip("cupy")
-    cuda = load("cuda", "cuda")
-    for name, function in inspect.getmembers(reference, inspect.isfunction):
-        if name.startswith("_") or function.__module__ != reference.__name__:
-            continue
-        assert inspect.signature(getattr(cuda, name)) == inspect.signature(function), name
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+def test_every_backend_has_the_same_functions_and_signatures(backend: Backend) -> None:
+    if backend == "cuda":
+        pytest.importorskip("cupy")
+    kernels = load(backend, backend)
+    for name in reference.__all__:
+        function = getattr(reference, name)
+        if callable(function):
+            assert inspect.signature(getattr(kernels, name)) == inspect.signature(function), name
