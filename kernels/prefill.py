@@ -32,7 +32,8 @@ def experts(x: Tensor, up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor
     out = F.grouped_mm(inner, down.transpose(1, 2), offs=ends)
     scaled = torch.empty_like(out, dtype=torch.float32)
     scaled[order] = out * weights.flatten()[order, None]  # back in the order of tokens
-    return scaled.unflatten(0, (tokens, top_k)).sum(1).to(x.dtype)
+    summed: Tensor = scaled.unflatten(0, (tokens, top_k)).sum(1).to(x.dtype)
+    return summed
 
 
 def attention(
@@ -90,7 +91,7 @@ def _span(
     of_group = x.shape[2] // write.shape[2]
 
     def cut(value: Tensor) -> Tensor:  # [R, T, ...] -> [R, c, n, ...]; a dt of zero changes nothing
-        padded = F.pad(value, (0, 0) * (value.dim() - 2) + (0, pad))
+        padded: Tensor = F.pad(value, (0, 0) * (value.dim() - 2) + (0, pad))
         return padded.unflatten(1, (chunks, SCAN_CHUNK))
 
     steps = cut(dt)
