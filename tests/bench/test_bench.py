@@ -11,10 +11,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cascade.bench import Report, Settings, run
 from cascade.bench.clock import Clock
 from cascade.bench.measure import Bench
 from cascade.bench.peers import VllmJob, shared_module, transformers_peer, vllm_peer
+from cascade.bench.report import Report
+from cascade.bench.run import Settings, run
 from cascade.cli import app
 from cascade.errors import NumericalError, RequestError, SliceError
 from cascade.kernels import cpu
@@ -95,10 +96,8 @@ def test_a_wrong_greedy_choice_is_found_too(monkeypatch: pytest.MonkeyPatch) -> 
     """The logits are right, and the id that is taken is not the best of them."""
     from cascade.sampling import Sampler
 
-    adjusted = Sampler._adjusted
-    monkeypatch.setattr(
-        Sampler, "_adjusted", lambda self, logits, tokens: -adjusted(self, logits, tokens)
-    )
+    adjusted = Sampler.adjusted
+    monkeypatch.setattr(Sampler, "adjusted", lambda self, *arguments: -adjusted(self, *arguments))
     with pytest.raises(NumericalError, match="greedy of slice 'whole'"):
         run(Settings.of(shape="tiny", peers=False, slices=("whole",), batches=(1,), **QUICK))
 
