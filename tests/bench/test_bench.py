@@ -117,7 +117,7 @@ def test_a_gpu_is_timed_by_events_and_tells_its_peak_of_memory() -> None:
     found = run(Settings.of(shape="tiny", device="cuda", batches=(1, 3), **QUICK))
     assert found.machine.device == torch.cuda.get_device_name()
     assert found.machine.dtype == "bfloat16"
-    assert found.memory.peak > found.memory.weights
+    assert all(d.peak > found.memory.weights for d in found.decode)
     assert {(d.slice, d.batch) for d in found.decode} >= {("half", 3), ("whole", 1)}
     assert all(d.cost.seconds > 0 for d in found.decode)
 
