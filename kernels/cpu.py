@@ -55,6 +55,7 @@ from cascade.kernels.reference import (
     provenance_stamp,
     race_sample,
     route,
+    route_tokens,
     short_pass_obstacle,
     slot_attention,
 )
@@ -100,6 +101,7 @@ __all__ = [
     "route",
     "route_span",
     "route_step",
+    "route_tokens",
     "short_pass_obstacle",
     "slot_attention",
     "ssm_commit",

@@ -95,10 +95,8 @@ def test_a_wrong_greedy_choice_is_found_too(monkeypatch: pytest.MonkeyPatch) -> 
     """The logits are right, and the id that is taken is not the best of them."""
     from cascade.sampling import Sampler
 
-    adjusted = Sampler._adjusted
-    monkeypatch.setattr(
-        Sampler, "_adjusted", lambda self, logits, tokens: -adjusted(self, logits, tokens)
-    )
+    adjusted = Sampler.adjusted
+    monkeypatch.setattr(Sampler, "adjusted", lambda self, *given: -adjusted(self, *given))
     with pytest.raises(NumericalError, match="greedy of slice 'whole'"):
         run(Settings.of(shape="tiny", peers=False, slices=("whole",), batches=(1,), **QUICK))
 
