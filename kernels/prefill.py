@@ -92,7 +92,8 @@ def _span(
 
     def cut(value: Tensor) -> Tensor:  # [R, T, ...] -> [R, c, n, ...]; a dt of zero changes nothing
         padded: Tensor = F.pad(value, (0, 0) * (value.dim() - 2) + (0, pad))
-        return padded.unflatten(1, (chunks, SCAN_CHUNK))
+        chunked: Tensor = padded.unflatten(1, (chunks, SCAN_CHUNK))
+        return chunked
 
     steps = cut(dt)
     weighted = (cut(x) * steps[..., None]).transpose(2, 3)  # [R, c, H, n, P]

@@ -60,6 +60,16 @@ def test_the_score_is_what_the_verifier_alone_gives_the_text(reasoner: Reasoner)
     assert chosen.score == pytest.approx(2.718281828459045**lowest, rel=1e-3)
 
 
+def test_logprobs_are_those_of_the_slice_that_judged(reasoner: Reasoner) -> None:
+    result = reasoner.generate(QUESTIONS[0], strategy=Explore(drafts=2), seed=4, logprobs=0)
+    assert result.logprobs is not None and len(result.logprobs) == len(result.token_ids)
+    with reasoner.model.sequence() as sequence:
+        logits = sequence.append(result.prompt_token_ids, "large")
+        for token, entry in zip(result.token_ids, result.logprobs, strict=True):
+            assert entry[token] == pytest.approx(float(logits.log_softmax(0)[token]), abs=1e-3)
+            logits = sequence.append([token], "large")
+
+
 def test_the_majority_wins_and_the_verifier_is_not_asked(reasoner: Reasoner) -> None:
     strategy = Explore(drafts=5, choose="majority", temperature=1.5)
     for result in reasoner.generate(QUESTIONS, strategy=strategy, seed=8):

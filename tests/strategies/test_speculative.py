@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+import torch
 
 from cascade import Reasoner, SamplingParams
 from cascade.problems import nano_problems
@@ -51,6 +52,30 @@ def test_greedy_equals_the_large_slice_token_by_token(reasoner: Reasoner) -> Non
         assert one.answer == other.answer
     assert sum(r.usage.rewritten for r in together) > 20  # the drafter was wrong in places
     assert Counter(s.decision for r in together for s in r.steps).keys() == {"verified"}
+
+
+def test_in_bf16_greedy_differs_at_near_ties_and_nowhere_else() -> None:
+    """Prompts of noise, after which the slice is unsure: ties within bf16's rounding decide."""
+    rounded = Reasoner.from_pretrained("nano", dtype="bfloat16", max_batch=24, max_length=96)
+    noise = torch.Generator().manual_seed(1)
+    prompts = [
+        {"prompt_token_ids": torch.randint(10, 110, (24,), generator=noise).tolist()}
+        for _ in range(24)
+    ]
+    limits = {"max_tokens": 40, "ignore_eos": True}
+    alone = rounded.generate(prompts, strategy="single", **limits)
+    together = rounded.generate(prompts, strategy=Speculative(draft_tokens=4), **limits)
+    assert sum(r.usage.rewritten for r in together) > 50
+    for one, other in zip(alone, together, strict=True):
+        pairs = enumerate(zip(one.token_ids, other.token_ids, strict=True))
+        first = next((i for i, (a, b) in pairs if a != b), None)
+        if first is None:
+            continue
+        with rounded.model.sequence() as sequence:
+            ids = [*one.prompt_token_ids, *one.token_ids[:first]]
+            logits = sequence.append(ids, "large")
+        gap = logits[one.token_ids[first]] - logits[other.token_ids[first]]
+        assert abs(float(gap)) <= 2**-6 * float(logits.abs().max())
 
 
 @pytest.mark.parametrize(
