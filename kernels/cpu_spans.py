@@ -16,7 +16,8 @@ from torch import Tensor
 from cascade.kernels.cpu_steps import ONE, Array, Indices, Matrix, silu, squared_relu
 
 LONGEST = 128  # tokens of a span: the scan is quadratic in them
-FEW = 6  # vectors up to which a product reads its matrix faster by columns
+THREADED = 2**18  # multiplications from which on OpenBLAS uses its own threads
+FEW = 12  # tokens of an expert up to which they are run one after the other
 ROWS = np.arange(LONGEST)[:, None]
 FUTURE = np.triu(np.full((LONGEST, LONGEST), -np.inf, np.float32), 1)
 
@@ -61,23 +62,30 @@ def ssm_scan_span(
     heads, head_dim, size = state.shape
     tokens, inner = len(mixed), heads * head_dim
     x = mixed[:, :inner].reshape(tokens, heads, head_dim)
-    parts = torch.from_numpy(mixed[:, inner:]).view(tokens, 2 * groups, size).transpose(0, 1)
+    parts = mixed[:, inner:].reshape(tokens, 2 * groups, size).transpose(1, 0, 2)
     write, read = parts[:groups], parts[groups:]  # [G, T, N]
-    total = (dt * decay).cumsum(0, np.float64).astype(np.float32)  # [T, H]
-    by_head = total.T
-    mix = by_head[:, :, None] - by_head[:, None]  # [H, T, T], what is left of an earlier token
+    total = (dt * decay).T.cumsum(1, np.float64).astype(np.float32)  # [H, T]
+    mix = total[:, :, None] - total[:, None]  # [H, T, T], what is left of an earlier token
     mix += FUTURE[:tokens, :tokens]
     np.exp(mix, out=mix)
     by_group = mix.reshape(groups, -1, tokens, tokens)
-    by_group *= torch.bmm(read, write.mT).numpy()[:, None]
-    weighted = torch.from_numpy(x * dt[:, :, None]).transpose(0, 1)
-    y: Array = torch.bmm(torch.from_numpy(mix), weighted).transpose(0, 1).numpy()  # [T, H, P]
-    y += x * skip[:, None]
+    by_group *= matmul(read, write.transpose(0, 2, 1))[:, None]
+    y = matmul(mix, (x * dt[:, :, None]).transpose(1, 0, 2))  # [H, T, P]
     # [G, T, H / G * P]
-    before = torch.bmm(read, torch.from_numpy(state).view(groups, -1, size).mT)
-    old = before.view(groups, tokens, -1, head_dim).transpose(0, 1)
-    y += old.reshape(tokens, heads, head_dim).numpy() * np.exp(total)[:, :, None]
-    return y.reshape(tokens, inner)
+    before = matmul(read, state.reshape(groups, -1, size).transpose(0, 2, 1))
+    old = before.reshape(groups, tokens, -1, head_dim).transpose(0, 2, 1, 3)
+    y += old.reshape(heads, tokens, head_dim) * np.exp(total)[:, :, None]
+    out: Array = y.transpose(1, 0, 2) + x * skip[:, None]
+    return out.reshape(tokens, inner)
+
+
+def matmul(a: Array, b: Array) -> Array:
+    """Products [G, n, m] of matrices, by PyTorch where NumPy's library might start threads."""
+    if a.shape[1] * a.shape[2] * b.shape[2] < THREADED:
+        out: Array = a @ b
+        return out
+    out = torch.bmm(torch.from_numpy(a), torch.from_numpy(b)).numpy()
+    return out
 
 
 def route_span(
@@ -119,15 +127,12 @@ def experts_span(
     begin = 0
     for expert, count in enumerate(np.bincount(chosen.ravel()).tolist()):
         end = begin + count
-        if count == 1:
-            inner = squared_relu(up[expert].vector(inputs[begin]))
-            inner *= shares[begin]
-            outputs[begin] = down[expert].vector(inner)
-        elif 1 < count <= FEW:
-            inner = squared_relu(up[expert].columns(inputs[begin:end].T))
-            inner *= shares[begin:end]
-            outputs[begin:end] = down[expert].columns(inner).T
-        elif count:
+        if count <= FEW:  # the first brings the expert into cache
+            for row in range(begin, end):
+                inner = squared_relu(up[expert].vector(inputs[row]))
+                inner *= shares[row]
+                outputs[row] = down[expert].vector(inner)
+        else:
             inner = squared_relu(up[expert].rows(inputs[begin:end]))
             inner *= shares[begin:end, None]
             outputs[begin:end] = down[expert].rows(inner)

@@ -20,6 +20,8 @@ Array: TypeAlias = NDArray[np.float32]
 Indices: TypeAlias = NDArray[np.intp]
 
 LARGE = 2**18  # elements from which on a product is worth PyTorch's threads
+STREAMED = 2**16  # elements from which on reading a matrix takes longer than a product with it
+FEW = 4  # vectors up to which such a matrix is multiplied with one after the other
 HEAVY = 2**20  # multiplications from which on oneDNN's product is faster than MKL's
 # oneDNN's float32 product, where this torch has it: up to twice as fast as MKL's on AMD, and a
 # thousand times slower on a prefix view.
@@ -30,8 +32,7 @@ ZERO, ONE = np.zeros((), np.float32), np.ones((), np.float32)  # faster operands
 class Matrix:
     """A weight [m, n], possibly a prefix view, and a bias [m]: products with few vectors.
 
-    The weight stays where it is. `vector` is for one vector [n], `rows` for x [T, n], `columns`
-    (without bias) for x [n, T]; they give [m], [T, m] and [m, T].
+    The weight stays where it is. `vector` takes x [n] to [m], `rows` takes x [T, n] to [T, m].
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -46,6 +47,8 @@ class Matrix:
             self.vector = lambda x: np.add(times(x), added)
 
     def rows(self, x: Array) -> Array:
+        if len(x) <= FEW and STREAMED <= self.weight.numel() < LARGE:
+            return np.stack([self.vector(row) for row in x])  # the first brings it into cache
         tokens = torch.from_numpy(x)
         if self._onednn is not None and tokens.numel() * len(self.weight) >= HEAVY:
             out = self._onednn(tokens, self.weight, self.bias, "none", [], "")
@@ -53,10 +56,6 @@ class Matrix:
             out = F.linear(tokens, self.weight, self.bias)
         array: Array = out.numpy()
         return array
-
-    def columns(self, x: Array) -> Array:
-        out: Array = torch.mm(self.weight, torch.from_numpy(x)).numpy()
-        return out
 
     def _large(self, x: Array) -> Array:
         out: Array = torch.mv(self.weight, torch.from_numpy(x)).numpy()
