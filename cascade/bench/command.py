@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 from rich.console import Console
+
+WIDTH = 110  # of tables that go into a file
 
 
 def bench(
@@ -55,7 +58,8 @@ def bench(
         repeats=repeats,
         peers=peers,
     )
-    console = Console(highlight=False, soft_wrap=True)
+    wide = None if sys.stdout.isatty() else WIDTH
+    console = Console(highlight=False, soft_wrap=True, width=wide)
     with console.status("") as status:  # nothing where this is no terminal
         report = run(settings, lambda what: status.update(what))
     if json_file is not None and str(json_file) == "-":
