@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 from rich.console import Console
 
+from cascade.bench.command import bench
 from cascade.errors import CascadeError
 from cascade.evaluation import commands
 
@@ -258,63 +259,6 @@ def _audit_handoffs(reasoner: Reasoner, prompts: list[str], as_json: bool) -> No
     console.print(report.recommendation, soft_wrap=True)
 
 
-@app.command()
-def bench(
-    model: Model = "nano",
-    shape: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="random weights of a named shape instead: 30b, tiny"),
-    ] = None,
-    device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, ...")] = "auto",
-    slices: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option("--slice", help="measure this slice; may be repeated; all unless given"),
-    ] = None,
-    batch: Annotated[
-        Optional[list[int]],  # noqa: UP045
-        typer.Option(help="rows decoded at once; may be repeated; 1 is always measured"),
-    ] = None,
-    context: Annotated[Optional[int], typer.Option(help="tokens of a row at first")] = None,  # noqa: UP045
-    prefill: Annotated[Optional[int], typer.Option(help="tokens of the prompt")] = None,  # noqa: UP045
-    repeats: Annotated[int, typer.Option(help="timed runs a figure; their median counts")] = 9,
-    peers: Annotated[bool, typer.Option(help="run transformers, and vLLM where installed")] = True,
-    json_file: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--json", help="write everything as one JSON object; - prints it instead"),
-    ] = None,
-) -> None:
-    """Measure this machine: step times against the floor, prefill, memory, peers, what pays.
-
-    Nothing is reported unless what was timed agrees with the plain reference.
-    """
-    from cascade.bench import Settings, run
-    from cascade.bench.tables import report_tables
-
-    settings = Settings.of(
-        model=model,
-        shape=shape,
-        device=device,
-        dtype=dtype,
-        slices=tuple(slices) if slices else None,
-        batches=tuple(batch) if batch else None,
-        context=context,
-        prefill=prefill,
-        repeats=repeats,
-        peers=peers,
-    )
-    console = Console(highlight=False, soft_wrap=True)
-    with console.status("") as status:  # nothing where this is no terminal
-        report = run(settings, lambda what: status.update(what))
-    if json_file is not None and str(json_file) == "-":
-        typer.echo(report.to_json())
-        return
-    for part in report_tables(report):
-        console.print(part)
-    if json_file is not None:
-        json_file.write_text(report.to_json() + "\n")
-
-
 def _policy(policy: str | None, threshold: float | None) -> Any:
     """The policy that the options of `run` name."""
     from cascade.admission import read_policy
@@ -359,6 +303,7 @@ def _escape(text: str) -> str:
 app.command("eval")(commands.evaluate)
 app.command()(commands.report)
 app.command()(commands.calibrate)
+app.command()(bench)
 
 
 def main() -> None:

@@ -50,7 +50,13 @@ class Clock:
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(self.device)[0]
 
+    def forget_peak(self) -> None:
+        """Begin anew with what is allocated now."""
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+
     def peak_bytes(self) -> int:
+        """Most bytes of tensors on a GPU at once since `forget_peak`; 0 elsewhere."""
         return torch.cuda.max_memory_allocated(self.device) if self.on_gpu else 0
 
     @property
@@ -65,9 +71,10 @@ class Clock:
             work()
             return time.perf_counter() - began
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        stream = torch.cuda.current_stream(self.device)
         torch.cuda.synchronize(self.device)
-        start.record()
+        start.record(stream)
         work()
-        end.record()
+        end.record(stream)
         torch.cuda.synchronize(self.device)
         return float(start.elapsed_time(end)) * 1e-3

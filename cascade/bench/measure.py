@@ -40,6 +40,7 @@ class Bench:
     def decode(self, slice: str, batch: int) -> Decode:
         """Draft `run` tokens for every row and commit them, again and again, as a user would."""
         run, began = self.run, self.context
+        self.clock.forget_peak()
         with self._rows(slice, batch, (WARM + self.repeats + 1) * run, run) as rows:
 
             def draft_and_commit() -> None:
@@ -47,7 +48,7 @@ class Bench:
                 rows.commit([run] * batch)
 
             seconds = self.clock.median(draft_and_commit, self.repeats) / run
-            context = (began + rows.sequences[0].length) // 2
+            context, peak = (began + rows.sequences[0].length) // 2, self.clock.peak_bytes()
             rows.draft([run] * batch, slice)
             weights, cache = self.model.weights(slice), rows.cache
             chosen = [c[:, :run] for c in chosen_experts(weights, cache, rows.sequences)]
@@ -56,7 +57,7 @@ class Bench:
             weights, cache, distinct=distinct, rows=batch, tokens=batch, context=context
         )
         experts = summary(distinct, self.model.arch, batch)
-        return Decode(slice, batch, context, run, self._cost(seconds, moved), experts)
+        return Decode(slice, batch, context, run, self._cost(seconds, moved), experts, peak)
 
     def score(self, slice: str, tokens: int) -> Scoring:
         """Run `tokens` ids from elsewhere under a slice, all at once: logits for each of them."""
@@ -118,9 +119,7 @@ class Bench:
             if t.untyped_storage().data_ptr() not in parent
         )
         cache = self.model.cache(max_batch=1, max_length=self.context, max_draft=self.run)
-        return Memory(
-            self.model.nbytes, copies, cache.nbytes, self.context, self.clock.peak_bytes()
-        )
+        return Memory(self.model.nbytes, copies, cache.nbytes, self.context)
 
     def cache_bytes(self, batch: int) -> int:
         """Bytes of the cache that `decode` opens for so many rows."""

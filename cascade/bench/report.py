@@ -51,7 +51,10 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """One token for each of `batch` rows: drafted, and its part of a commit every `run` tokens."""
+    """One token for each of `batch` rows: drafted, and its part of a commit every `run` tokens.
+
+    peak: most bytes of a GPU in use at once meanwhile, weights included; 0 elsewhere
+    """
 
     slice: str
     batch: int
@@ -59,6 +62,7 @@ class Decode:
     run: int
     cost: Cost
     experts: Experts | None
+    peak: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -105,14 +109,13 @@ class Switch:
 @dataclass(frozen=True, slots=True)
 class Memory:
     """weights: resident once; copies: bytes of further slices that are not views of them;
-    cache: of one sequence of `context` tokens; peak: most bytes of the device at once, 0 unknown.
+    cache: of one sequence of `context` tokens.
     """
 
     weights: int
     copies: int
     cache: int
     context: int
-    peak: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,10 +38,11 @@ def report_tables(report: Report) -> Iterator[RenderableType]:
 
 def _decode(report: Report) -> Table:
     first = report.decode[0]
+    columns = ["slice", "batch", "step ms", "tok/s", "GB/s", "floor ms", "share", "experts"]
     table = _table(
         f"decode: drafted and committed, {first.run} tokens at a time, about {first.context} "
         "tokens of context",
-        ("slice", "batch", "step ms", "tok/s", "GB/s", "floor ms", "share", "experts"),
+        [*columns, "in use"] if first.peak else columns,
     )
     for row in report.decode:
         table.add_row(
@@ -51,6 +52,7 @@ def _decode(report: Report) -> Table:
             f"{row.tokens_per_second:,.0f}",
             *_bus(row.cost),
             _experts(row.experts),
+            *([format_bytes(row.peak)] if row.peak else []),
         )
     return table
 
@@ -95,11 +97,10 @@ def _sentences(report: Report) -> Iterator[str]:
     for switch in report.switches:
         yield f"switch {switch.before} -> {switch.after}: {switch.seconds * 1e3:+.2f} ms"
     memory = report.memory
-    peak = f", at most {format_bytes(memory.peak)} in use" if memory.peak else ""
     yield (
         f"memory: weights {format_bytes(memory.weights)} for all slices, copies for the smaller "
         f"ones {format_bytes(memory.copies)}, cache {format_bytes(memory.cache)} for a sequence "
-        f"of {memory.context} tokens{peak}"
+        f"of {memory.context} tokens"
     )
     for reason in report.skipped:
         yield f"left out: {reason}"
