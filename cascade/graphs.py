@@ -144,6 +144,7 @@ class Decoder:
         device, tokens = self.latest.device, height * length
         if self._arena is None or self._arena.tokens < tokens:
             self._captured.clear()
+            self._pool = None  # a pool whose graphs are all gone cannot be captured into
             self._arena = Arena(_arena_size(tokens), device)
         arch, weights = self._arch, self._views[writer]
         captured = Captured(

@@ -2,8 +2,9 @@
 
 A model of a few of the layers, one of every kind, at their full widths and with the same weights:
 deep random models send a token to other experts at the smallest rounding, and then nothing can be
-compared. In float32 the largest error of any logits counts; in 16 bits the mean error, against the
-one that the plain reference makes in the same 16 bits.
+compared. In float32 the largest error of any logits counts. In 16 bits a few tokens still go to
+other experts (at the 30b shape one in a hundred is off by 20 %), so there it is the median error,
+against that of the plain reference in the same 16 bits, and the median of the worst row.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,8 +30,9 @@ from cascade.slices import resolve_slices
 from cascade.weights import ModelWeights
 
 EXACT = 1e-4  # largest relative error in float32
-SPREAD = 2.0  # the mean error in 16 bits, over that of the plain reference
-SIGMAS = 10.0  # how far below the best a greedy choice may lie, in errors of one logit
+SPREAD = 2.0  # the median error in 16 bits, over that of the plain reference
+WRONG = 0.3  # the median error of a row that reads what is not its own is above 1
+WORSE, WORSE_16 = 1e-3, 0.5  # how far a greedy choice may lie from the best logit to the mean one
 PROMPT, DRAFT = 21, 5  # tokens, neither a multiple of anything
 
 
@@ -82,20 +85,33 @@ def _compare(
     told = _Told(model, slice, batch)
     exact = _from_scratch(truth, slice, told.texts)
     errors = _errors([(exact[r][p], one) for r, p, one in told.logits])
+    short = max(_shortfall(exact[r][p], token) for r, p, token in told.greedy)
+    agreement = partial(Agreement, slice, batch)
     if model.dtype == torch.float32:
-        error, allowed = float(errors.max()), EXACT
-    else:
-        rounded = _from_scratch(plain, slice, told.texts)
-        own = _errors([(exact[r][p], rounded[r][p]) for r, p, _ in told.logits])
-        error, allowed = float(errors.mean()), SPREAD * float(own.mean())
-    behind = [
-        float((exact[r][p].max() - exact[r][p][token]) / exact[r][p].square().mean().sqrt())
-        for r, p, token in told.greedy
-    ]
+        return [
+            agreement("logits", len(errors), float(errors.max()), EXACT),
+            agreement("greedy", len(told.greedy), short, WORSE),
+        ]
+    rounded = _from_scratch(plain, slice, told.texts)
+    own = _errors([(exact[r][p], rounded[r][p]) for r, p, _ in told.logits])
+    worst = _worst_row(errors, [r for r, _, _ in told.logits])
     return [
-        Agreement(slice, batch, "logits", len(errors), error, allowed),
-        Agreement(slice, batch, "greedy", len(behind), max(behind), SIGMAS * allowed),
+        agreement("logits", len(errors), float(errors.median()), SPREAD * float(own.median())),
+        agreement("worst row", batch, worst, WRONG),
+        agreement("greedy", len(told.greedy), short, WORSE_16),
     ]
+
+
+def _worst_row(errors: Tensor, rows: Sequence[int]) -> float:
+    """The largest of the rows' median errors. `rows` names the row of every error."""
+    of = torch.tensor(rows, device=errors.device)
+    return max(float(errors[of == row].median()) for row in set(rows))
+
+
+def _shortfall(logits: Tensor, chosen: int) -> float:
+    """0 where the best was chosen, about 1 where any other: a share of best minus mean."""
+    best = logits.max()
+    return float((best - logits[chosen]) / (best - logits.mean()))
 
 
 @dataclass

@@ -122,15 +122,16 @@ class Memory:
 class Agreement:
     """The route that was timed against the plain reference, for one slice and batch.
 
-    of:      `logits`: |fast - exact| / |exact| over the vocabulary; `greedy`: how far a chosen id
-             lies below the best, over the root mean square of the logits
-    rows:    logits, or choices, compared
-    allowed: the bound; in 16 bits it comes from the error that the plain route makes there
+    of:      `logits`: |fast - exact| / |exact| over the vocabulary, the largest, or in 16 bits the
+             median; `worst row`: the same of the row with the largest median; `greedy`: how far a
+             chosen id lies below the best, over what an average one does
+    rows:    logits, rows or choices compared
+    allowed: the bound; in 16 bits that of logits comes from the error of the plain route there
     """
 
     slice: str
     batch: int
-    of: Literal["logits", "greedy"]
+    of: Literal["logits", "worst row", "greedy"]
     rows: int
     error: float
     allowed: float

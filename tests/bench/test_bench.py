@@ -11,6 +11,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from cascade.batch import Batch
+from cascade.bench import parity
 from cascade.bench.clock import Clock
 from cascade.bench.measure import Bench
 from cascade.bench.peers import VllmJob, shared_module, transformers_peer, vllm_peer
@@ -110,6 +112,26 @@ def test_bfloat16_is_measured_against_the_references_own_rounding() -> None:
     logits = next(a for a in found.agreement if a.of == "logits")
     assert 1e-4 < logits.error <= logits.allowed < 0.1
     assert not found.predictions and not found.switches  # one slice: nothing to choose between
+
+
+def test_one_wrong_row_of_many_is_found_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    note = parity._Told._note
+
+    def mixed_up(self: parity._Told, rows: Batch, tables: list[Any]) -> None:
+        note(self, rows, [tables[1], *tables[1:]] if len(tables) > 1 else tables)
+
+    monkeypatch.setattr(parity._Told, "_note", mixed_up)
+    with pytest.raises(NumericalError, match="worst row of slice 'whole' at batch 48"):
+        run(
+            Settings.of(
+                shape="tiny",
+                dtype="bfloat16",
+                peers=False,
+                slices=("whole",),
+                batches=(48,),
+                **QUICK,
+            )
+        )
 
 
 @pytest.mark.gpu
