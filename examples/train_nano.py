@@ -25,7 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from nano import checkpoint, network, vocabulary
+from nano import checkpoint, network
 from nano.documents import Rows, batches
 from nano.muon import Optimizer
 from nano.network import Nano, Sizes, Widths, pair_forward
@@ -39,10 +39,10 @@ PRESETS: dict[str, tuple[Sizes, dict[str, Widths]]] = {
         {"small": (24, 8), "medium": (40, 16), "large": (64, 32)},
     ),
 }
-MIX_FROM = 0.3  # share of the time after which rows have caches of mixed owners
-MIXED_ROWS = 0.6
-TAKEN_OVER = 8  # tokens after another slice's ones that count more in the loss: they are harder
-TAKEN_OVER_WEIGHT = 2.0
+MIX_FROM = 0.15  # share of the time after which rows have caches of mixed owners
+MIXED_ROWS = 0.75
+TAKEN_OVER = 10  # tokens after another slice's ones that count more in the loss: they are harder
+TAKEN_OVER_WEIGHT = 3.0
 COOL_FROM = 0.4  # share of the time after which the learning rate falls linearly to zero
 WARM_STEPS = 100
 END_SECONDS = 8  # to write the files
@@ -143,7 +143,7 @@ class Trainer:
         """One step; `share` is the part of the time that has passed."""
         first, second = self.pairs[self.step % len(self.pairs)]
         ids, document, reply = self._to_device(rows)
-        owner, mixed = owners(ids, document, reply, MIXED_ROWS if share >= MIX_FROM else 0.0)
+        owner, mixed = owners(document, reply, MIXED_ROWS if share >= MIX_FROM else 0.0)
         foreign = (mixed & (owner == 1), mixed & (owner == 0))
         logits = pair_forward(
             self.model, ids, document, (self.slices[first], self.slices[second]), foreign
@@ -250,34 +250,22 @@ def train(trainer: Trainer, source: Iterator[Rows], seconds: float, out: Path) -
     }
 
 
-def owners(ids: Tensor, document: Tensor, reply: Tensor, share: float) -> tuple[Tensor, Tensor]:
+def owners(document: Tensor, reply: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """Who of the pair owns each token's cache entry, [B, T] in {0, 1}, and which rows are mixed.
 
-    A third of the rows hands each document over once, anywhere in its reply. The others switch
-    anywhere, rarely to often, at line ends, or between prompt and reply. Most switches are inside
-    a number: there the rest of it has to be found over what another slice had in mind.
+    Three in five rows hand each document over once, anywhere in its reply; the others switch
+    anywhere, often or now and then. Most switches are inside a number: there the rest of it has to
+    be found over what another slice had in mind.
     """
-    rows, length = ids.shape
-    device = ids.device
+    rows, length = document.shape
+    device = document.device
     pattern = torch.rand(rows, 1, device=device)
     chance = torch.rand(rows, length, device=device)
-    after_line = F.pad(ids[:, :-1] == vocabulary.IDS["\n"], (1, 0)) & reply
-    reply_begins = reply & ~F.pad(reply[:, :-1], (1, 0))
-    begins = document != F.pad(document[:, :-1], (1, 0))
-    anywhere = torch.where(pattern < 0.2, 1 / 8, torch.where(pattern < 0.45, 1 / 24, 1 / 80))
-    switches = torch.where(
-        pattern < 0.5,
-        chance < anywhere,
-        torch.where(
-            pattern < 0.6,
-            after_line & (chance < 0.5),
-            reply_begins | (begins & (chance < 0.5)),
-        ),
-    )
+    switches = chance < torch.where(pattern < 0.2, 1 / 8, 1 / 24)
     start = torch.randint(0, 2, (rows, 1), device=device)
-    owner = (start + switches.long().cumsum(1)) % 2
+    often = (start + switches.long().cumsum(1)) % 2
     once = (start + handed_over(document, reply, chance).long()) % 2
-    owner = torch.where(pattern < 0.65, owner, once)
+    owner = torch.where(pattern < 0.4, often, once)
     mixed = torch.rand(rows, 1, device=device) < share
     return owner, mixed.expand(rows, length)
 
