@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from types import ModuleType
 
 import torch
@@ -46,19 +47,23 @@ class Layout:
         counts = [len(feed.ids) for feed in feeds]
         self.rows, self.length, self.past = len(feeds), max(counts), max(f.entry for f in feeds)
         self.uniform = min(counts) == self.length
-        flat = [token for feed in feeds for token in feed.ids]
-        place = [
-            (row * self.length + t, feed.slot, feed.source, feed.start + t, feed.entry + t)
-            for row, feed in enumerate(feeds)
-            for t in range(len(feed.ids))
+        self.spans = [(feed.slot, feed.start) for feed in feeds]
+        self.ids = torch.tensor([token for feed in feeds for token in feed.ids], device=device)
+        begins = [0, *accumulate(counts)]
+        head = [
+            (f.slot, f.source, f.start, f.entry, begin, count)
+            for f, begin, count in zip(feeds, begins, counts, strict=False)
         ]
-        self.ids = torch.tensor(flat, device=device)
-        packed = torch.tensor(place, device=device).T
-        # Where each packed token stands: padded cell, slot, journal row, position, entry.
-        self.cell, self.token_slot, self.token_source, self.position, self.entry = packed
-        head = torch.tensor([(f.slot, f.source, f.start, f.entry) for f in feeds], device=device).T
-        self.slots, self.sources, self.starts, self.entries = head
-        self.positions = self.starts[:, None] + torch.arange(self.length, device=device)
+        table = torch.tensor(head, device=device).T.contiguous()
+        self.slots, self.sources, self.starts, self.entries, self.begins, self.counts = table
+        # Where each packed token stands: slot, journal row, position, entry, padded cell.
+        row = torch.arange(self.rows, device=device)
+        if self.rows > 1:
+            row = row.repeat_interleave(self.counts, output_size=begins[-1])
+        t = torch.arange(begins[-1], device=device) - self.begins[row]
+        self.token_slot, self.token_source = self.slots[row], self.sources[row]
+        self.position, self.entry = self.starts[row] + t, self.entries[row] + t
+        self.cell = row * self.length + t
 
     def pad(self, packed: Tensor) -> Tensor:
         """[n, ...] -> [R, T, ...], zeros where a row has no token."""
@@ -142,6 +147,28 @@ def _mamba(
     x: Tensor,
 ) -> Tensor:
     projected = F.linear(x, w.in_proj, w.in_bias)
+    if kernels.fits_spans(arch, x.dtype):
+        inputs, scanned, dt = journal.tensors()
+        y = kernels.mamba_span(
+            projected,
+            cache.state[layer],
+            cache.window[layer],
+            (inputs[layer], scanned[layer], dt[layer]),
+            w.conv,
+            w.conv_bias,
+            w.dt_bias,
+            w.decay,
+            w.skip,
+            arch.min_step,
+            layout.slots,
+            layout.sources,
+            layout.entries,
+            layout.begins,
+            layout.counts,
+            layout.length,
+        )
+        y = kernels.rms_norm(y, w.norm, arch.eps, arch.groups)
+        return F.linear(y, w.out_proj, w.out_bias)
     gate, inputs, step = projected.split([arch.inner, arch.conv_channels, arch.heads], dim=-1)
     dt = F.softplus(step.float() + w.dt_bias.float()).clamp(min=arch.min_step)
 
@@ -193,9 +220,7 @@ def _attention(
     heads = (arch.kv_heads, arch.attention_dim)
     cache.keys[place] = F.linear(x, w.k_proj).unflatten(-1, heads)
     cache.values[place] = F.linear(x, w.v_proj).unflatten(-1, heads)
-    out = kernels.attention(
-        layout.pad(query), cache.keys[layer], cache.values[layer], layout.slots, layout.positions
-    )
+    out = kernels.attention(layout.pad(query), cache.keys[layer], cache.values[layer], layout.spans)
     return F.linear(layout.pack(out), w.o_proj)
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 SNAPSHOT_INTERVAL = 256  # tokens between the stored states that rollback may restart from
 PREFILL_CHUNK = 512  # tokens a row that a long append runs at once
+LEAST_CHUNK = 16  # the same where a runner limits all rows together
 
 
 @torch.no_grad()
@@ -92,7 +93,8 @@ def run_long(
     last: list[Tensor] = [torch.empty(0)] * len(sequences)
     done = [0] * len(sequences)
     while active := [r for r in range(len(sequences)) if done[r] < len(ids[r])]:
-        most = max(PREFILL_CHUNK, model.runner.prefill_tokens // len(active))
+        together = model.runner.prefill_tokens
+        most = max(together // len(active), LEAST_CHUNK) if together else PREFILL_CHUNK
         width = max(min(most, len(ids[r]) - done[r]) for r in active)
         journal = Journal(model.arch, len(active), width, cache.device, cache.dtype)
         feeds, folds = [], []

@@ -30,7 +30,7 @@ class Runner:
     `super()` for the rest; results agree up to rounding.
 
     views: the weights by slice number; the model's own list, which grows as widths are named
-    prefill_tokens: that a long append runs at once at least, over all rows
+    prefill_tokens: that a long append runs at once, over all rows; 0 for no such limit
     """
 
     prefill_tokens = 0

@@ -73,9 +73,9 @@ def __getattr__(name: str) -> Any:
     return getattr(reference, name)  # what is not defined here
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    if x.dtype != torch.float32:
-        return reference.rms_norm(x, weight, eps)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, groups: int = 1) -> Tensor:
+    if x.dtype != torch.float32 or groups != 1:
+        return reference.rms_norm(x, weight, eps, groups)
     return (x * weight).mul_(_inverse_size(x, eps))
 
 

@@ -23,13 +23,14 @@ from cascade.kernels.group_norm import rms_norm
 from cascade.kernels.journal_keep import journal_keep
 from cascade.kernels.kv_compact import kv_compact
 from cascade.kernels.limits import short_pass_obstacle
+from cascade.kernels.mamba_span import fits_spans, mamba_span
 from cascade.kernels.mamba_step import mamba_step
 from cascade.kernels.norm_linear import norm_linear
 from cascade.kernels.pick_tokens import pick_tokens
-from cascade.kernels.prefill import attention, experts, ssm_scan
+from cascade.kernels.prefill import attention, experts, route, ssm_scan
 from cascade.kernels.provenance_stamp import provenance_stamp
 from cascade.kernels.race_sample import race_sample
-from cascade.kernels.reference_layers import causal_conv, gated_norm, route
+from cascade.kernels.reference_layers import causal_conv, gated_norm
 from cascade.kernels.route_tokens import route_tokens
 from cascade.kernels.slot_attention import slot_attention
 from cascade.kernels.ssm_commit import ssm_commit
@@ -49,10 +50,12 @@ __all__ = [
     "experts",
     "experts_down",
     "experts_up",
+    "fits_spans",
     "fork_copy",
     "gated_norm",
     "journal_keep",
     "kv_compact",
+    "mamba_span",
     "mamba_step",
     "norm_linear",
     "pick_tokens",

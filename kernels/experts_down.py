@@ -28,4 +28,4 @@ def experts_down(
     torch.addmm(x, shared_inner, shared_down.T, out=x)
     pairs = torch.empty(inner.shape[0], down.shape[1], dtype=torch.float32, device=x.device)
     experts_pairs_down(inner, down, plan, pairs)
-    combine_pairs(x, pairs, plan)
+    combine_pairs(x, pairs, plan.places, plan.shares)

@@ -11,13 +11,13 @@ struct Arguments {
 
 constexpr int THREADS = 256;
 
-// grid = (groups, tokens)
+// grid = (tokens, groups)
 extern "C" __global__ void __launch_bounds__(THREADS) group_norm(const Arguments a) {
     __shared__ float warps[THREADS / 32];
     wait_for_inputs();
     let_next_start();
     const int width = (int)(a.depth / a.groups);
-    const long long first = (long long)blockIdx.x * width, token = blockIdx.y;
+    const long long first = (long long)blockIdx.y * width, token = blockIdx.x;
     const bf16* const x = a.x + token * a.x_stride + first;
     float squares = 0.f;
     for (int k = threadIdx.x * 8; k < width; k += THREADS * 8) {

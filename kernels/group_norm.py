@@ -33,16 +33,17 @@ def group_norm(x: Tensor, norm: Tensor, groups: int, eps: float, out: Tensor) ->
         return
     _KERNEL.launch(
         device,
-        (groups, tokens, 1),
+        (tokens, groups, 1),
         (THREADS, 1, 1),
         (target, address, scale, stride, depth, groups, checks.float_bits(eps)),
     )
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, groups: int = 1) -> Tensor:
     """See reference_layers.rms_norm: one launch where the kernel takes the tensors."""
-    if x.dtype != torch.bfloat16 or x.dim() != 2 or x.shape[1] % 8 or not x.is_contiguous():
-        return layers.rms_norm(x, weight, eps)
+    takes = x.dtype == torch.bfloat16 and x.dim() == 2 and x.is_contiguous()
+    if not takes or x.shape[1] % (8 * groups):
+        return layers.rms_norm(x, weight, eps, groups)
     out = torch.empty_like(x)
-    group_norm(x, weight, 1, eps, out)
+    group_norm(x, weight, groups, eps, out)
     return out

@@ -7,12 +7,15 @@ other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from cascade.kernels import reference_layers as layers
+from cascade.kernels.combine_pairs import COLUMNS, combine_pairs
 from cascade.kernels.reference_layers import split_scanned
 
 SCAN_CHUNK = 128
@@ -20,32 +23,47 @@ SCAN_SPAN = 4096  # tokens whose chunks run at once; temporaries grow with it, a
 FEW_PAIRS = 1024  # (token, expert) pairs below which grouping them does not pay
 
 
+def route(
+    x: Tensor,
+    router: Tensor,
+    bias: Tensor,
+    top_k: int,
+    num_groups: int,
+    top_groups: int,
+    normalise: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """See reference_layers.route: bf16 is multiplied as it is, into fp32."""
+    rest = top_k, num_groups, top_groups, normalise, scale
+    if not x.is_cuda or x.dtype != torch.bfloat16 or router.dtype != x.dtype:
+        return layers.route(x, router, bias, *rest)
+    return layers.choose(torch.mm(x, router.T, out_dtype=torch.float32), bias, *rest)
+
+
 def experts(x: Tensor, up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     """See reference_layers.experts: all experts in two grouped products, for bf16."""
     tokens, top_k = chosen.shape
-    if x.dtype != torch.bfloat16 or tokens * top_k < FEW_PAIRS:
+    if x.dtype != torch.bfloat16 or tokens * top_k < FEW_PAIRS or x.shape[1] % COLUMNS:
         return layers.experts(x, up, down, chosen, weights)
-    order = chosen.flatten().argsort(stable=True)
-    ends = torch.bincount(chosen.flatten(), minlength=up.shape[0]).cumsum(0).int()
-    token = order // top_k
-    inner = F.grouped_mm(x[token], up.transpose(1, 2), offs=ends).relu_().square_()
-    out = F.grouped_mm(inner, down.transpose(1, 2), offs=ends)
-    scaled = torch.empty_like(out, dtype=torch.float32)
-    scaled[order] = out * weights.flatten()[order, None]  # back in the order of tokens
-    summed: Tensor = scaled.unflatten(0, (tokens, top_k)).sum(1).to(x.dtype)
+    ranked, order = chosen.flatten().int().sort(stable=True)
+    numbers = torch.arange(up.shape[0], dtype=torch.int32, device=x.device)
+    ends = torch.searchsorted(ranked, numbers, right=True, out_int32=True)
+    inner = F.grouped_mm(x.index_select(0, order // top_k), up.transpose(1, 2), offs=ends)
+    pairs = F.grouped_mm(inner.relu_().square_(), down.transpose(1, 2), offs=ends)
+    places = torch.empty_like(ranked)
+    places[order] = torch.arange(len(order), dtype=torch.int32, device=x.device)
+    summed = torch.zeros_like(x)
+    combine_pairs(summed, pairs, places, weights.flatten())
     return summed
 
 
 def attention(
-    query: Tensor, keys: Tensor, values: Tensor, rows: Tensor, positions: Tensor
+    query: Tensor, keys: Tensor, values: Tensor, spans: Sequence[tuple[int, int]]
 ) -> Tensor:
-    """See reference_layers.attention: row by row, without a mask in memory.
-
-    The tokens of a row must stand one after the other.
-    """
+    """See reference_layers.attention: row by row, without a mask in memory."""
     group, length = query.shape[2] // keys.shape[2], query.shape[1]
     found = []
-    for q, row, start in zip(query, rows.tolist(), positions[:, 0].tolist(), strict=True):
+    for q, (row, start) in zip(query, spans, strict=True):
         # A padded token may lie past the end of the slot, and sees nothing.
         end = min(start + length, keys.shape[1])
         k, v = (
@@ -56,7 +74,7 @@ def attention(
         mask = causal_lower_right(end - start, end)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0]
         found.append(F.pad(out.transpose(0, 1).flatten(1), (0, 0, 0, start + length - end)))
-    return torch.stack(found)
+    return torch.stack(found) if len(found) > 1 else found[0][None]
 
 
 def ssm_scan(

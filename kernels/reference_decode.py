@@ -162,12 +162,9 @@ def slot_attention(
     for cache, fresh in ((keys, fresh_keys), (values, fresh_values)):
         new = fresh.unflatten(0, (rows, length)).unflatten(-1, (kv_heads, dim))
         cache[slots[row], positions[row, token]] = new[row, token]
+    rows_of = zip(slots.clamp(min=0).tolist(), starts.tolist(), strict=True)
     found = layers.attention(
-        query.unflatten(0, (rows, length)).unflatten(-1, (-1, dim)),
-        keys,
-        values,
-        slots.clamp(min=0),
-        torch.where(valid, positions, 0),
+        query.unflatten(0, (rows, length)).unflatten(-1, (-1, dim)), keys, values, list(rows_of)
     )
     out.copy_(found.masked_fill(~valid[..., None], 0).flatten(0, 1))
 

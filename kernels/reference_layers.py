@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,11 +12,21 @@ SCAN_CHUNK = 128
 GATHER_LIMIT = 8  # (token, expert) pairs up to which experts are gathered rather than looped
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension, in fp32, scaled in the dtype of `x`."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, groups: int = 1) -> Tensor:
+    """RMSNorm over each of `groups` equal parts of the last dimension, in fp32.
+
+    Scaled in the dtype of `x`.
+    """
     wide = x.float()
+    if groups > 1:
+        wide = wide.unflatten(-1, (groups, -1))
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * wide.to(x.dtype)
+    return weight * (wide.flatten(-2) if groups > 1 else wide).to(x.dtype)
+
+
+def fits_spans(arch: object, dtype: torch.dtype) -> bool:
+    """Whether `mamba_span` takes a model's layers; here they are put together from what follows."""
+    return False
 
 
 def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
@@ -85,20 +97,27 @@ def ssm_scan(
 
 
 def attention(
-    query: Tensor, keys: Tensor, values: Tensor, rows: Tensor, positions: Tensor
+    query: Tensor, keys: Tensor, values: Tensor, spans: Sequence[tuple[int, int]]
 ) -> Tensor:
     """Causal grouped-query attention of new tokens over their slots.
 
     query: [R, T, heads, D]; keys, values: [S, M, kv_heads, D], holding the new tokens already
-    positions: [R, T], absolute; a token sees positions up to its own. Returns [R, T, heads * D].
+    spans: the slot and the position of the first new token of each row
+    A token sees positions up to its own. Returns [R, T, heads * D].
     """
-    longest = min(int(positions.max()) + 1, keys.shape[1])  # a padded token may lie past the end
-    if rows.numel() == 1:
-        row = int(rows[0])
+    length = query.shape[1]
+    slots, starts = zip(*spans, strict=True)
+    longest = min(max(starts) + length, keys.shape[1])  # a padded token may lie past the end
+    if len(spans) == 1:
+        [row] = slots
         keys, values = keys[row : row + 1, :longest], values[row : row + 1, :longest]
     else:
+        rows = torch.tensor(slots, device=query.device)
         keys, values = keys[rows, :longest], values[rows, :longest]
-    visible = torch.arange(longest, device=query.device) <= positions[..., None]  # [R, T, longest]
+    positions = torch.tensor(starts, device=query.device)[:, None, None] + torch.arange(
+        length, device=query.device
+    ).unsqueeze(-1)
+    visible = torch.arange(longest, device=query.device) <= positions  # [R, T, longest]
     out = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         keys.transpose(1, 2),
@@ -123,7 +142,21 @@ def route(
 
     x: [T, H]; router: [E, H]; bias: [E] fp32. Returns (experts [T, k] int64, weights [T, k] fp32).
     """
-    scores = F.linear(x.float(), router.float()).sigmoid()
+    logits = F.linear(x.float(), router.float())
+    return choose(logits, bias, top_k, num_groups, top_groups, normalise, scale)
+
+
+def choose(
+    logits: Tensor,
+    bias: Tensor,
+    top_k: int,
+    num_groups: int,
+    top_groups: int,
+    normalise: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`route` from the router's logits [T, E] fp32 on."""
+    scores = logits.sigmoid()
     choice = scores + bias
     if num_groups > 1:
         grouped = choice.unflatten(-1, (num_groups, -1))

@@ -164,8 +164,8 @@ def test_attention(before: int, tokens: int) -> None:
     end = before + tokens
     keys, values = torch.full((2, 2, 90, 2, 4), torch.nan).unbind()
     keys[1, :end], values[1, :end] = torch.randn(2, end, 2, 4).unbind()
-    query, positions = torch.randn(1, tokens, 4, 4), torch.arange(before, end)[None]
-    wanted = reference.attention(query, keys, values, torch.tensor([1]), positions)[0]
+    query = torch.randn(1, tokens, 4, 4)
+    wanted = reference.attention(query, keys, values, [(1, before)])[0]
     flat: Array = query[0].flatten(1).numpy()
     seen = keys[1, :end], values[1, :end], 4
     close(cpu.attention_span(flat, *seen), wanted)

@@ -31,26 +31,24 @@ def test_attention(start: int, length: int) -> None:
     slots, held, kv_heads, heads, dim = 3, 64, 2, 6, 8
     keys, values = (torch.randn(slots, held, kv_heads, dim) for _ in range(2))
     query = torch.randn(2, length, heads, dim)
-    rows = torch.tensor([2, 0])
-    positions = start + torch.arange(length).expand(2, length)
+    spans = [(2, start), (0, start)]
     keys[:, start + length :] = values[:, start + length :] = 7.0  # of nobody
     for more in (0, 5):  # padded tokens, past the end of the slot where start + length is
         padded = torch.cat([query, query[:, :more]], 1)
-        places = start + torch.arange(length + more).expand(2, -1)
-        got = prefill.attention(padded, keys, values, rows, places)[:, :length]
-        want = reference.attention(query, keys, values, rows, positions)
+        got = prefill.attention(padded, keys, values, spans)[:, :length]
+        want = reference.attention(query, keys, values, spans)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [3, 700])
-def test_experts(tokens: int) -> None:
+def test_experts(tokens: int, device: str) -> None:
     number, top_k, hidden, width = 16, 3, 48, 24
-    x = torch.randn(tokens, hidden).bfloat16()
-    up = (torch.randn(number, width + 8, hidden + 8) * hidden**-0.5).bfloat16()[:, :width, :hidden]
-    down = (torch.randn(number, hidden + 8, width + 8) * width**-0.5).bfloat16()[:, :hidden, :width]
-    chosen = torch.randn(tokens, number).topk(top_k, -1).indices
+    x = torch.randn(tokens, hidden, device=device).bfloat16()
+    wider = torch.randn(2, number, width + 8, hidden + 8, device=device).bfloat16() / 8
+    up, down = wider[0, :, :width, :hidden], wider[1].mT.contiguous()[:, :hidden, :width]
+    chosen = torch.randn(tokens, number, device=device).topk(top_k, -1).indices
     chosen[chosen == 5] = 6  # an expert that nobody wants, and one that is wanted twice
-    weights = torch.rand(tokens, top_k)
+    weights = torch.rand(tokens, top_k, device=device)
     got = prefill.experts(x, up, down, chosen, weights)
     want = reference.experts(x.float(), up.float(), down.float(), chosen, weights)
     assert (got.float() - want).norm() <= 1e-2 * want.norm()
