@@ -20,7 +20,7 @@ from cascade.kernels.reference_layers import split_scanned
 
 SCAN_CHUNK = 128
 SCAN_SPAN = 4096  # tokens whose chunks run at once; temporaries grow with it, and no further
-FEW_PAIRS = 1024  # (token, expert) pairs below which grouping them does not pay
+FEW_PAIRS = layers.GATHER_LIMIT + 1  # (token, expert) pairs below which grouping them does not pay
 
 
 def route(

@@ -40,7 +40,7 @@ def test_attention(start: int, length: int) -> None:
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("tokens", [3, 700])
+@pytest.mark.parametrize("tokens", [2, 5, 700])
 def test_experts(tokens: int, device: str) -> None:
     number, top_k, hidden, width = 16, 3, 48, 24
     x = torch.randn(tokens, hidden, device=device).bfloat16()
