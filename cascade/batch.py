@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from cascade.chain import draft_greedily
+from cascade.chain import draft_ahead
 from cascade.companion import cross, drafting
 from cascade.errors import CapacityExceeded, NumericalError, RequestError, SequenceError
 from cascade.passes import (
@@ -127,7 +127,7 @@ class Batch:
         before = [len(s._drafted) for s in self.sequences]
         with restoring(self.sequences):
             active = [r for r, count in enumerate(wanted) if count > 0]
-            if self._drafts_greedily(active, writer, samplers, wanted, stops):
+            if self._drafts_ahead(active, writer, samplers, wanted, stops):
                 active = []
             while active:
                 rows = self._next_rows(active, writer)
@@ -302,7 +302,7 @@ class Batch:
                 sequence._rows[entry:] = list(table)
         return [self.sequences[r]._rows[len(self.sequences[r]._drafted)] for r in active]
 
-    def _drafts_greedily(
+    def _drafts_ahead(
         self,
         active: list[int],
         writer: int,
@@ -310,9 +310,9 @@ class Batch:
         wanted: Seq[int],
         stops: frozenset[int],
     ) -> bool:
-        """Draft without the host in between, where the device can and every row is greedy."""
+        """Draft without the host in between, where the device can and no row needs its tokens."""
         decoder = self.model.runner.chain(self.cache, len(active)) if active else None
-        if decoder is None or not all(samplers[r].is_argmax for r in active):
+        if decoder is None or not all(samplers[r].needs_only_logits for r in active):
             return False
         rows = [self.sequences[r] for r in active]
         for sequence in rows:
@@ -320,7 +320,8 @@ class Batch:
             if sequence.length - slot.folded + len(sequence._drafted) - slot.usable(writer) > 1:
                 return False
             sequence._verified = False
-        draft_greedily(rows, [wanted[r] for r in active], writer, decoder, stops)
+        counts, own = [wanted[r] for r in active], [samplers[r] for r in active]
+        draft_ahead(rows, counts, own, writer, decoder, stops)
         return True
 
     @contextmanager

@@ -1,8 +1,8 @@
-"""Greedy drafting that never waits: each step is launched before the one before it was read.
+"""Drafting that never waits: each step is launched before the one before it was read.
 
-The likeliest id stays on the device and feeds the next step; the host reads it one step later, to
-see where a row ends. A row that has ended by then has run its last id once too often: that pass is
-kept, and the row's next draft begins with its outcome.
+The likeliest id, or the one that was drawn, stays on the device and feeds the next step; the host
+reads it one step later, to see where a row ends. A row that has ended by then has run its last id
+once too often: that pass is kept, and the row's next draft begins with its outcome.
 """
 
 from __future__ import annotations
@@ -19,15 +19,21 @@ from cascade.errors import NumericalError
 
 if TYPE_CHECKING:
     from cascade.graphs import Decoder
+    from cascade.sampling import Sampler
     from cascade.sequence import Sequence
 
 
 @dataclass(slots=True)
 class _Line:
-    """One row while it is drafted: how many ids are still to be picked, and whether it ended."""
+    """One row while it is drafted.
+
+    left: ids still to be picked; at: the position of the next one; ended: at a stop
+    """
 
     sequence: Sequence
+    sampler: Sampler
     left: int
+    at: int
     ended: bool = False
 
 
@@ -37,6 +43,7 @@ class _Picked:
 
     lines: list[_Line]
     ids: Tensor
+    proposals: list[Tensor | None]
     arrived: torch.cuda.Event | None = field(default=None)
 
     def read(self) -> list[int]:
@@ -47,19 +54,24 @@ class _Picked:
 
 
 @torch.no_grad()
-def draft_greedily(
+def draft_ahead(
     sequences: Seq[Sequence],
     wanted: Seq[int],
+    samplers: Seq[Sampler],
     writer: int,
     decoder: Decoder,
     stops: frozenset[int],
 ) -> None:
     """Draft wanted[r] >= 1 ids of row r, up to and with one of `stops`.
 
-    Every row must have at most one id that `writer` has not run. The caller must be ready to
-    restore the sequences. Raises NumericalError where logits are not finite.
+    Every row must have at most one id that `writer` has not run, and a sampler that needs nothing
+    but the logits. The caller must be ready to restore the sequences. Raises NumericalError where
+    logits are not finite.
     """
-    lines = [_Line(s, count) for s, count in zip(sequences, wanted, strict=True)]
+    lines = [
+        _Line(s, sampler, count, len(s._tokens) + len(s._drafted))
+        for s, sampler, count in zip(sequences, samplers, wanted, strict=True)
+    ]
     pending: list[_Picked] = _first(lines, writer, decoder)
     while pending:
         live = [line for line in lines if line.left and not line.ended]
@@ -87,7 +99,7 @@ def _first(lines: list[_Line], writer: int, decoder: Decoder) -> list[_Picked]:
         slots = torch.tensor([x.sequence.slot.index for x in known], device=rows.device)
         ids = torch.empty_like(slots)
         decoder.pick(rows, ids, slots)
-        found.append(_picked(known, ids))
+        found.append(_picked(known, rows, ids, decoder))
     if fresh:
         found.append(_step(fresh, writer, decoder, None))
     return found
@@ -111,23 +123,54 @@ def _step(lines: list[_Line], writer: int, decoder: Decoder, token: int | None) 
         sequence._rows[entry:] = [row]
         sequence.slot.entries, sequence.slot.entry_slice = entry + 1, writer
         sequence.meter.count(writer, 1)
-    return _picked(lines, captured.picked[: len(rows)])
+    return _picked(lines, logits, captured.picked[: len(rows)], decoder)
 
 
-def _picked(lines: list[_Line], ids: Tensor) -> _Picked:
+def _picked(lines: list[_Line], logits: Tensor, ids: Tensor, decoder: Decoder) -> _Picked:
+    """Send the next id of each line to the host: the likeliest of logits [n, V], or a drawn one."""
+    ids = ids.clone()
+    proposals = _draw(lines, logits, ids, decoder)
     for line in lines:
-        line.left -= 1
+        line.left, line.at = line.left - 1, line.at + 1
     if not ids.is_cuda:
-        return _Picked(lines, ids.clone())
+        return _Picked(lines, ids, proposals)
     host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
     host.copy_(ids, non_blocking=True)
     arrived = torch.cuda.Event()
     arrived.record()
-    return _Picked(lines, host, arrived)
+    return _Picked(lines, host, proposals, arrived)
+
+
+def _draw(lines: list[_Line], logits: Tensor, ids: Tensor, decoder: Decoder) -> list[Tensor | None]:
+    """Put drawn ids where lines sample, for the next pass too; the distributions they are from."""
+    proposals: list[Tensor | None] = [None] * len(lines)
+    together: dict[tuple[float, ...], list[int]] = {}
+    for i, line in enumerate(lines):
+        if not line.sampler.params.greedy:
+            together.setdefault(line.sampler.filters, []).append(i)
+    for members in together.values():
+        numbers = torch.tensor(
+            [
+                [lines[i].sampler.seed for i in members],
+                [lines[i].at for i in members],
+                [lines[i].sequence.slot.index for i in members],
+                members,
+            ],
+            pin_memory=logits.is_cuda,
+        )
+        seeds, positions, slots, places = numbers.to(logits.device, non_blocking=True).unbind()
+        table = logits if len(members) == len(lines) else logits[places]
+        probs = lines[members[0]].sampler.distributions(table, ())
+        drawn = lines[0].sequence.model.kernels.race_sample(probs, seeds, positions)
+        ids[places] = torch.where(table.sum(-1).isfinite(), drawn, -1)
+        decoder.latest[slots] = drawn
+        for i, proposal in zip(members, probs.unbind(), strict=True):
+            proposals[i] = proposal
+    return proposals
 
 
 def _take(picked: _Picked, writer: int, stops: frozenset[int]) -> None:
-    for line, token in zip(picked.lines, picked.read(), strict=True):
+    for line, token, proposal in zip(picked.lines, picked.read(), picked.proposals, strict=True):
         if line.ended:
             continue
         sequence = line.sequence
@@ -137,5 +180,5 @@ def _take(picked: _Picked, writer: int, stops: frozenset[int]) -> None:
                 f"slice {name!r} gave logits that are not finite; the sequence is unchanged"
             )
         sequence._drafted.append(token)
-        sequence._proposals.append(None)
+        sequence._proposals.append(proposal)
         line.ended = token in stops

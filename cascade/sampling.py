@@ -126,12 +126,16 @@ class Sampler:
         return cls(params) if params.seed is None else cls(params, params.seed)
 
     @property
-    def is_argmax(self) -> bool:
-        """Whether the next id is the likeliest one, whatever came before."""
+    def needs_only_logits(self) -> bool:
+        """Whether the next distribution depends on nothing that came before."""
         p = self.params
         penalties = p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty
-        changed = penalties or p.logit_bias or (self.ends and p.min_tokens)
-        return p.greedy and not changed
+        return not (penalties or p.logit_bias or (self.ends and p.min_tokens))
+
+    @property
+    def filters(self) -> tuple[float, ...]:
+        """What turns logits into a distribution, where nothing else does."""
+        return self.params.temperature, self.params.top_k, self.params.top_p, self.params.min_p
 
     def distribution(self, logits: Tensor, tokens: Seq[int]) -> Tensor:
         """Probabilities [V] of the next token after `tokens`; see `distributions`."""

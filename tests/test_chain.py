@@ -1,0 +1,86 @@
+"""Drafting ahead of the host draws what drafting step by step draws."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cascade.batch import Batch
+from cascade.errors import NumericalError
+from cascade.graphs import GraphRunner
+from cascade.model import ElasticModel
+from cascade.sampling import Sampler, SamplingParams
+from cascade.shapes import random_model
+from tests.nested import elastic, parent
+
+PROMPTS = [[5, 9, 2, 33, 60], [1, 17, 17], [40, 8, 7, 21, 2, 3], [11, 12]]
+PARAMS = [
+    SamplingParams(temperature=0.7, top_p=0.9, seed=3),
+    SamplingParams(),
+    SamplingParams(temperature=0.7, top_p=0.9, seed=4),
+    SamplingParams(temperature=1.3, top_k=9, min_p=0.05, seed=5),
+]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ElasticModel:
+    """A model that drafts ahead: on a GPU, or on its route with the kernels in plain PyTorch."""
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no NVIDIA GPU here")
+        return random_model("tiny", device="cuda", dtype=torch.bfloat16)
+    model = elastic(parent("M*EM"))
+    runner = GraphRunner(model.runner.views, model.arch, model.kernels)  # type: ignore[arg-type]
+    monkeypatch.setattr(model, "runner", runner)
+    return model
+
+
+def drafted(model: ElasticModel, params: list[SamplingParams], stops: set[int]) -> object:
+    """Two rounds of drafts in a ragged batch, with what they were drawn from."""
+    cache = model.cache(max_batch=len(PROMPTS), max_length=64, max_draft=8)
+    rows = Batch([model.sequence(cache=cache) for _ in PROMPTS])
+    rows.append(PROMPTS, model.largest)
+    found, proposals = [], []
+    for counts in ([6, 8, 1, 5], [2, 3, 8, 8]):
+        found.append(rows.draft(counts, model.smallest, params, until=stops))
+        proposals += [p for s in rows.sequences for p in s._proposals]
+        kept = [len(ids) - (r % 2) for r, ids in enumerate(found[-1])]
+        rows.commit([max(count, 0) for count in kept])
+    lengths = [s.length for s in rows.sequences]
+    for sequence in rows.sequences:
+        sequence.close()
+    return found, lengths, proposals
+
+
+@pytest.mark.parametrize("stops", [set(), {7, 20, 21, 40, 41}])
+def test_the_same_ids_from_the_same_distributions(
+    model: ElasticModel, stops: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead = drafted(model, PARAMS, stops)
+    monkeypatch.setattr(GraphRunner, "chain", lambda *arguments: None)
+    found, lengths, proposals = drafted(model, PARAMS, stops)  # type: ignore[misc]
+    assert len({tuple(row) for row in found[0]}) > 1
+    assert ahead[:2] == (found, lengths)  # type: ignore[index]
+    for mine, its in zip(ahead[2], proposals, strict=True):  # type: ignore[index]
+        assert (mine is None) == (its is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, its, atol=1e-5, rtol=1e-4)
+
+
+def test_the_host_waits_for_no_step(model: ElasticModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sampling goes through the chain unless it needs the tokens before."""
+    monkeypatch.setattr(GraphRunner, "decode", None)  # what the step by step loop calls
+    drafted(model, PARAMS, set())
+    with pytest.raises(TypeError):
+        drafted(model, [*PARAMS[:3], SamplingParams(repetition_penalty=1.2)], set())
+
+
+def test_logits_that_are_no_numbers_are_refused_at_any_temperature(model: ElasticModel) -> None:
+    cache = model.cache(max_batch=1, max_length=32, max_draft=8)
+    with model.sequence(cache=cache) as sequence:
+        sequence.append(PROMPTS[0], model.largest)
+        model.weights(model.largest).head[3] = torch.nan
+        for params in (SamplingParams(), SamplingParams(temperature=1.0, seed=1)):
+            with pytest.raises(NumericalError, match="not finite"):
+                sequence.draft(4, model.smallest, Sampler.of(params))
+            assert sequence.tokens == PROMPTS[0] and not sequence.drafted
