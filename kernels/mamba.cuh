@@ -6,6 +6,7 @@
 // Convolved values are rounded to the journal's dtype before they are used, so that a commit, which
 // replays the journal, continues from the very numbers that this pass has seen.
 #pragma once
+#include "activations.cuh"
 #include "numbers.cuh"
 #include "ptx.cuh"
 
@@ -30,12 +31,6 @@ struct Arguments {
     long long stride, length, slots_held, sources_held, entries_held, heads, groups, min_step;
     long long heads_a_block;
 };
-
-constexpr int TAPS = 4;
-
-__device__ __forceinline__ float silu(float x) { return x / (1.f + __expf(-x)); }
-
-__device__ __forceinline__ float softplus(float x) { return x > 20.f ? x : log1pf(__expf(x)); }
 
 __device__ __forceinline__ float4 load_four(const float* from) {
     return *reinterpret_cast<const float4*>(from);

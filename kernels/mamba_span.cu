@@ -6,6 +6,7 @@
 //     h <- exp(A dt) h + dt x B^T,   y = h C + D x.
 // The committed state is read and not written. Convolved values are rounded to the journal's dtype
 // before they are used, as a commit will read them.
+#include "activations.cuh"
 #include "numbers.cuh"
 
 struct Arguments {
@@ -31,16 +32,11 @@ struct Arguments {
     long long min_step;
 };
 
-constexpr int TAPS = 4;
 constexpr int THREADS = 256;
 constexpr int RUN = 16;    // tokens that a thread convolves, one after the other
 constexpr int CHUNK = 32;  // entries in shared memory at once
 constexpr int ROWS = 32;   // rows p of a head's state that a block holds
 constexpr int LANES = 8;   // threads that share a row
-
-__device__ __forceinline__ float silu(float x) { return x / (1.f + __expf(-x)); }
-
-__device__ __forceinline__ float softplus(float x) { return x > 20.f ? x : log1pf(__expf(x)); }
 
 // A row of the pass: where its tokens, its state and its journal are.
 struct Row {

@@ -9,17 +9,17 @@ from torch import Tensor
 
 from cascade.kernels import checks
 from cascade.kernels.compiler import Kernel
+from cascade.kernels.mamba_decode import NAMES, SIZES
+from cascade.kernels.mamba_step import TAPS, layer_sizes
 
-THREADS, TAPS, RUN, CHUNK, ROWS = 256, 4, 16, 32, 32  # as in the .cu
-SIZES = (16, 32, 64, 128)  # state sizes N
+THREADS, RUN, CHUNK, ROWS = 256, 16, 32, 32  # as in the .cu
 
 _BF16, _FP32 = (torch.bfloat16,), (torch.float32,)
 _MEMBERS = 28
 _CONVOLVE = Kernel("mamba_span", "convolve", _MEMBERS)
-_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _SCANS = {
-    (state, size): Kernel("mamba_span", f"scan_{_NAMES[state]}_{size}", _MEMBERS)
-    for state in _NAMES
+    (state, size): Kernel("mamba_span", f"scan_{NAMES[state]}_{size}", _MEMBERS)
+    for state in NAMES
     for size in SIZES
 }
 
@@ -61,19 +61,9 @@ def mamba_span(
     left out, and what it would have written is undefined.
     """
     inputs, scanned, dt = journal
-    slots_held, heads, head_dim, size = checks.sizes("state", state, "S H P N")
-    sources_held, held, channels = checks.sizes("inputs", inputs, "S' J C")
-    rows = slots.numel()
-    tokens, columns = checks.sizes("projected", projected, "n W")
-    inner = heads * head_dim
-    groups, rest = divmod(channels - inner, 2 * size)
-    if rest or groups < 1 or heads % groups or columns != inner + channels + heads:
-        raise checks.KernelArgumentError(
-            f"inputs have {channels} channels and projected {columns} columns; expected "
-            f"{inner} + 2 G * {size} with G a divisor of {heads}, and {inner} + C + {heads}"
-        )
-    if size not in SIZES:
-        raise checks.KernelArgumentError(f"the state size N is {size}; expected one of {SIZES}")
+    slots_held, heads, head_dim, size, groups = layer_sizes(projected, state, inputs)
+    sources_held, held, channels = inputs.shape
+    rows, (tokens, columns), inner = slots.numel(), projected.shape, heads * head_dim
     checks.multiple("the number of heads H", heads, 4)
     checks.within("the number of taps", conv.shape[-1], TAPS, TAPS)
     checks.within("the longest row", longest, 1, 16 * 65535)

@@ -26,6 +26,25 @@ def shared_bytes(entries: int, head_dim: int, size: int) -> int:
     )
 
 
+def layer_sizes(projected: Tensor, state: Tensor, inputs: Tensor) -> tuple[int, ...]:
+    """S, H, P, N and G of a layer, from tensors [n, W], [S, H, P, N] and [S', J, C] that agree."""
+    slots_held, heads, head_dim, size = checks.sizes("state", state, "S H P N")
+    channels = checks.sizes("inputs", inputs, "S' J C")[2]
+    columns = checks.sizes("projected", projected, "n W")[1]
+    inner = heads * head_dim
+    groups, rest = divmod(channels - inner, 2 * size)
+    if rest or groups < 1 or heads % groups or columns != inner + channels + heads:
+        raise checks.KernelArgumentError(
+            f"inputs have {channels} channels and projected {columns} columns; expected "
+            f"{inner} + 2 G * {size} with G a divisor of {heads}, and {inner} + C + {heads}"
+        )
+    if size not in mamba_decode.SIZES:
+        raise checks.KernelArgumentError(
+            f"the state size N is {size}; expected one of {mamba_decode.SIZES}"
+        )
+    return slots_held, heads, head_dim, size, groups
+
+
 def mamba_step(
     projected: Tensor,
     state: Tensor,
@@ -51,21 +70,9 @@ def mamba_step(
     whose tokens do not fit into the journal, is left out.
     """
     inputs, scanned, dt = journal
-    slots_held, heads, head_dim, size = checks.sizes("state", state, "S H P N")
-    sources_held, held, channels = checks.sizes("inputs", inputs, "S' J C")
-    rows = slots.numel()
-    tokens, columns = checks.sizes("projected", projected, "n W")
-    inner = heads * head_dim
-    groups, rest = divmod(channels - inner, 2 * size)
-    if rest or groups < 1 or heads % groups or columns != inner + channels + heads:
-        raise checks.KernelArgumentError(
-            f"inputs have {channels} channels and projected {columns} columns; expected "
-            f"{inner} + 2 G * {size} with G a divisor of {heads}, and {inner} + C + {heads}"
-        )
-    if size not in mamba_decode.SIZES:
-        raise checks.KernelArgumentError(
-            f"the state size N is {size}; expected one of {mamba_decode.SIZES}"
-        )
+    slots_held, heads, head_dim, size, groups = layer_sizes(projected, state, inputs)
+    sources_held, held, channels = inputs.shape
+    rows, (tokens, columns), inner = slots.numel(), projected.shape, heads * head_dim
     checks.within("the head dim P", head_dim, 8, 64)
     checks.multiple("the head dim P", head_dim, 8)
     checks.within("the state size N", size, 1, largest_size(head_dim))
