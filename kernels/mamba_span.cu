@@ -36,7 +36,9 @@ constexpr int THREADS = 256;
 constexpr int RUN = 16;    // tokens that a thread convolves, one after the other
 constexpr int CHUNK = 32;  // entries in shared memory at once
 constexpr int ROWS = 32;   // rows p of a head's state that a block holds
-constexpr int LANES = 8;   // threads that share a row
+constexpr int OWN = 4;     // of which a thread holds so many, by as many columns
+constexpr int AHEAD = 8;   // entries whose outputs are added up together
+constexpr int LINE = ROWS + 4;  // floats between two entries' outputs: no two in a bank
 
 // A row of the pass: where its tokens, its state and its journal are.
 struct Row {
@@ -116,71 +118,62 @@ extern "C" __global__ void __launch_bounds__(THREADS) convolve(const Arguments a
     }
 }
 
-// The sums of eight values over the eight lanes of a row; lane i gets that of value i.
-__device__ __forceinline__ float over_lanes(const float (&values)[LANES], int lane) {
-    float four_left[4], two_left[2];
+// The sums of COUNT values over 2 STEP lanes, half of them for each half of the lanes, and so on: lane i
+// gets those from i * COUNT / (2 STEP) on, in the first places.
+template <int STEP, int COUNT, int SIZE>
+__device__ __forceinline__ void over_lanes(float (&values)[SIZE], int lane) {
+    if constexpr (STEP > 0) {
+        constexpr int HALF = COUNT / 2;
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const float kept = lane & 4 ? values[i + 4] : values[i];
-        const float given = lane & 4 ? values[i] : values[i + 4];
-        four_left[i] = kept + __shfl_xor_sync(~0u, given, 4);
+        for (int i = 0; i < HALF; i++) {
+            const float kept = lane & STEP ? values[i + HALF] : values[i];
+            const float given = lane & STEP ? values[i] : values[i + HALF];
+            values[i] = kept + __shfl_xor_sync(~0u, given, STEP);
+        }
+        over_lanes<STEP / 2, HALF>(values, lane);
     }
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const float kept = lane & 2 ? four_left[i + 2] : four_left[i];
-        const float given = lane & 2 ? four_left[i] : four_left[i + 2];
-        two_left[i] = kept + __shfl_xor_sync(~0u, given, 2);
-    }
-    const float kept = lane & 1 ? two_left[1] : two_left[0];
-    return kept + __shfl_xor_sync(~0u, lane & 1 ? two_left[0] : two_left[1], 1);
 }
 
-__device__ __forceinline__ void load_pair(const float* from, float& x, float& y) {
-    x = from[0], y = from[1];
-}
-__device__ __forceinline__ void load_pair(const bf16* from, float& x, float& y) {
-    const unsigned both = *reinterpret_cast<const unsigned*>(from);
-    x = __uint_as_float(both << 16), y = __uint_as_float(both & 0xffff0000u);
-}
-
-// blockDim = THREADS; grid = (heads * tiles of ROWS rows, R). Eight lanes share a row p of a head's
-// state; lane i holds columns 2 i and 2 i + 1 of every sixteen.
-// shared, fp32: B [CHUNK, N], C [CHUNK, N], x [CHUNK, ROWS], y [CHUNK, ROWS], dt [CHUNK], decay [CHUNK]
+// blockDim = 2 N; grid = (heads * tiles of ROWS rows, R). A thread holds OWN rows p by four columns of a
+// head's state; N / 4 lanes hold all columns of the same rows.
+// shared, fp32: B [CHUNK, N], C [CHUNK, N], x [CHUNK, ROWS], y [CHUNK, LINE], (decay, dt) [CHUNK]
 template <typename State, int N>
 __device__ __forceinline__ void scan(const Arguments& a) {
-    constexpr int PAIRS = N / (2 * LANES);
-    constexpr int QUADS = CHUNK * N / 4 / THREADS > 0 ? CHUNK * N / 4 / THREADS : 1;  // a thread loads
+    constexpr int THREADS = 2 * N, LANES = N / 4, SUMS = AHEAD * OWN;
+    constexpr int QUADS = CHUNK * N / 4 / THREADS, POINTS = CHUNK * ROWS / THREADS;  // a thread loads
+    static_assert(THREADS / LANES * OWN == ROWS && SUMS >= LANES, "sizes of a block");
     extern __shared__ float4 given[];
     float* const write = reinterpret_cast<float*>(given);
     float* const read = write + CHUNK * N;
     float* const x = read + CHUNK * N;
     float* const result = x + CHUNK * ROWS;
-    float* const steps = result + CHUNK * ROWS;
-    float* const decays = steps + CHUNK;
+    float2* const steps = reinterpret_cast<float2*>(result + CHUNK * LINE);
 
     const Row row(a, blockIdx.y);
     if (!row.count) return;
-    const int thread = threadIdx.x, lane = thread % LANES, head_dim = (int)a.head_dim;
-    const int tiles = (head_dim + ROWS - 1) / ROWS, head = blockIdx.x / tiles;
-    const int top = blockIdx.x % tiles * ROWS, rows = min(ROWS, head_dim - top);
+    const int thread = threadIdx.x, lane = thread % LANES, own = thread / LANES * OWN;
+    const int head_dim = (int)a.head_dim, tiles = (head_dim + ROWS - 1) / ROWS;
+    const int head = blockIdx.x / tiles, top = blockIdx.x % tiles * ROWS;
+    const int rows = min(ROWS, head_dim - top);
     const int heads = (int)a.heads, groups = (int)a.groups, group = head / (heads / groups);
     const int inner = heads * head_dim, across = groups * N, width = inner + across;
-    const int p = min(thread / LANES, rows - 1);  // threads without a row do one that is there
     const float rate = a.decay[head], skip = widen(a.skip[head]);
     const bf16* const scanned = a.scanned + row.source * a.entries_held * width;
     const float* const dt = a.dt + row.source * a.entries_held * heads + head;
     const bf16* const reads = a.read + row.begin * across + group * N;
     const int total = row.old + row.count;
 
-    float h[PAIRS][2];
-    const State* const own =
-        static_cast<const State*>(a.state) + ((row.slot * heads + head) * head_dim + top + p) * N;
+    float4 h[OWN];
 #pragma unroll
-    for (int i = 0; i < PAIRS; i++) load_pair(own + (i * LANES + lane) * 2, h[i][0], h[i][1]);
+    for (int r = 0; r < OWN; r++) {
+        const int p = min(own + r, rows - 1);  // what is no row does one that is there
+        h[r] = four(static_cast<const State*>(a.state) +
+                    ((row.slot * heads + head) * head_dim + top + p) * N + lane * 4);
+    }
 
     // A chunk on its way from memory; entries behind the last one have a dt of zero.
     uint2 next_write[QUADS], next_read[QUADS];
-    bf16 next_x[CHUNK * ROWS / THREADS];
+    bf16 next_x[POINTS];
     float next_step = 0.f;
     const auto ask = [&](int begin) {
 #pragma unroll
@@ -188,72 +181,72 @@ __device__ __forceinline__ void scan(const Arguments& a) {
             const int place = thread + i * THREADS, entry = begin + place / (N / 4);
             const int column = place % (N / 4) * 4;
             next_write[i] = next_read[i] = make_uint2(0, 0);
-            if (place < CHUNK * N / 4 && entry < total) {
-                next_write[i] = quad(scanned + (long long)entry * width + inner + group * N + column);
-                if (entry >= row.old)
-                    next_read[i] = quad(reads + (long long)(entry - row.old) * across + column);
-            }
+            if (entry >= total) continue;
+            next_write[i] = quad(scanned + (long long)entry * width + inner + group * N + column);
+            if (entry >= row.old)
+                next_read[i] = quad(reads + (long long)(entry - row.old) * across + column);
         }
 #pragma unroll
-        for (int i = 0; i < CHUNK * ROWS / THREADS; i++) {
+        for (int i = 0; i < POINTS; i++) {
             const int place = thread + i * THREADS, entry = begin + place / ROWS;
-            const bool there = entry < total && place % ROWS < rows;
+            const int column = place % ROWS;
             next_x[i] = 0;
-            if (there)
-                next_x[i] = scanned[(long long)entry * width + head * head_dim + top + place % ROWS];
+            if (entry < total && column < rows)
+                next_x[i] = scanned[(long long)entry * width + head * head_dim + top + column];
         }
-        next_step = thread < CHUNK && begin + thread < total ? dt[(long long)(begin + thread) * heads]
-                                                             : 0.f;
+        if (thread < CHUNK)
+            next_step = begin + thread < total ? dt[(long long)(begin + thread) * heads] : 0.f;
     };
     ask(0);
     for (int begin = 0; begin < total; begin += CHUNK) {
 #pragma unroll
         for (int i = 0; i < QUADS; i++) {
-            const int place = thread + i * THREADS;
-            if (place >= CHUNK * N / 4) continue;
-            *reinterpret_cast<float4*>(write + place * 4) = widen(next_write[i]);
-            *reinterpret_cast<float4*>(read + place * 4) = widen(next_read[i]);
+            const int place = (thread + i * THREADS) * 4;
+            *reinterpret_cast<float4*>(write + place) = widen(next_write[i]);
+            *reinterpret_cast<float4*>(read + place) = widen(next_read[i]);
         }
 #pragma unroll
-        for (int i = 0; i < CHUNK * ROWS / THREADS; i++) x[thread + i * THREADS] = widen(next_x[i]);
-        if (thread < CHUNK) {
-            steps[thread] = next_step;
-            decays[thread] = __expf(rate * next_step);
-        }
+        for (int i = 0; i < POINTS; i++) x[thread + i * THREADS] = widen(next_x[i]);
+        if (thread < CHUNK) steps[thread] = make_float2(__expf(rate * next_step), next_step);
         __syncthreads();
         if (begin + CHUNK < total) ask(begin + CHUNK);
 
         const int most = min(CHUNK, total - begin);
-        for (int j = 0; j < most; j += LANES) {
-            float y[LANES];
+        for (int j = 0; j < most; j += AHEAD) {
+            float y[SUMS];
 #pragma unroll
-            for (int u = 0; u < LANES; u++) {
+            for (int u = 0; u < AHEAD; u++) {
                 const int entry = j + u;
-                const float keep = decays[entry], more = steps[entry] * x[entry * ROWS + p];
-                const float2* const b = reinterpret_cast<const float2*>(write + entry * N) + lane;
-                const float2* const c = reinterpret_cast<const float2*>(read + entry * N) + lane;
-                float low = 0.f, high = 0.f;
+                const float2 step = steps[entry];
+                const float4 in = four(x + entry * ROWS + own);
+                const float4 b = four(write + entry * N + lane * 4);
+                const float4 c = four(read + entry * N + lane * 4);
+                const float more[OWN] = {step.y * in.x, step.y * in.y, step.y * in.z, step.y * in.w};
 #pragma unroll
-                for (int i = 0; i < PAIRS; i++) {
-                    const float2 in = b[i * LANES], from = c[i * LANES];
-                    h[i][0] = fmaf(h[i][0], keep, more * in.x);
-                    h[i][1] = fmaf(h[i][1], keep, more * in.y);
-                    low = fmaf(h[i][0], from.x, low);
-                    high = fmaf(h[i][1], from.y, high);
+                for (int r = 0; r < OWN; r++) {
+                    h[r].x = fmaf(h[r].x, step.x, more[r] * b.x);
+                    h[r].y = fmaf(h[r].y, step.x, more[r] * b.y);
+                    h[r].z = fmaf(h[r].z, step.x, more[r] * b.z);
+                    h[r].w = fmaf(h[r].w, step.x, more[r] * b.w);
+                    y[u * OWN + r] =
+                        fmaf(h[r].x, c.x, h[r].y * c.y) + fmaf(h[r].z, c.z, h[r].w * c.w);
                 }
-                y[u] = low + high;
             }
-            const float sum = over_lanes(y, lane);
-            if (thread / LANES < rows) result[(j + lane) * ROWS + p] = sum;
+            over_lanes<LANES / 2, SUMS>(y, lane);
+#pragma unroll
+            for (int i = 0; i < SUMS / LANES; i++) {
+                const int sum = lane * (SUMS / LANES) + i;
+                result[(j + sum / OWN) * LINE + own + sum % OWN] = y[i];
+            }
         }
         __syncthreads();
 #pragma unroll
-        for (int i = 0; i < CHUNK * ROWS / THREADS; i++) {
-            const int place = thread + i * THREADS, t = begin + place / ROWS - row.old;
-            const int column = place % ROWS;
+        for (int i = 0; i < POINTS; i++) {
+            const int place = thread + i * THREADS, entry = place / ROWS, column = place % ROWS;
+            const int t = begin + entry - row.old;
             if (t < 0 || t >= row.count || column >= rows) continue;
             const long long token = row.begin + t, channel = head * head_dim + top + column;
-            const float y = fmaf(skip, x[place], result[place]);
+            const float y = fmaf(skip, x[place], result[entry * LINE + column]);
             const float gate = widen(a.projected[token * a.stride + channel]);
             a.out[token * inner + channel] = (bf16)narrow(y * silu(gate));
         }
@@ -261,9 +254,9 @@ __device__ __forceinline__ void scan(const Arguments& a) {
     }
 }
 
-#define ENTRY(name, State, N)                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) name(const Arguments a) { \
-        scan<State, N>(a);                                                           \
+#define ENTRY(name, State, N)                                                     \
+    extern "C" __global__ void __launch_bounds__(2 * N) name(const Arguments a) { \
+        scan<State, N>(a);                                                        \
     }
 ENTRY(scan_f32_128, float, 128)
 ENTRY(scan_f32_64, float, 64)

@@ -12,7 +12,7 @@ from cascade.kernels.compiler import Kernel
 from cascade.kernels.mamba_decode import NAMES, SIZES
 from cascade.kernels.mamba_step import TAPS, layer_sizes
 
-THREADS, RUN, CHUNK, ROWS = 256, 16, 32, 32  # as in the .cu
+THREADS, RUN, CHUNK, ROWS, LINE = 256, 16, 32, 32, 36  # as in the .cu
 
 _BF16, _FP32 = (torch.bfloat16,), (torch.float32,)
 _MEMBERS = 28
@@ -118,8 +118,8 @@ def mamba_span(
     _SCANS[state.dtype, size].launch(
         device,
         (heads * -(-head_dim // ROWS), rows, 1),
-        (THREADS, 1, 1),
+        (2 * size, 1, 1),
         arguments,
-        4 * CHUNK * (2 * size + 2 * ROWS + 2),
+        4 * CHUNK * (2 * size + ROWS + LINE + 2),
     )
     return out
