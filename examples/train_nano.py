@@ -39,10 +39,10 @@ PRESETS: dict[str, tuple[Sizes, dict[str, Widths]]] = {
         {"small": (24, 8), "medium": (40, 16), "large": (64, 32)},
     ),
 }
-MIX_FROM = 0.15  # share of the time after which rows have caches of mixed owners
-MIXED_ROWS = 0.75
-TAKEN_OVER = 10  # tokens after another slice's ones that count more in the loss: they are harder
-TAKEN_OVER_WEIGHT = 3.0
+MIX_FROM = 0.2  # share of the time after which rows have caches of mixed owners
+MIXED_ROWS = 0.65
+TAKEN_OVER = 8  # tokens after another slice's ones that count more in the loss: they are harder
+TAKEN_OVER_WEIGHT = 2.5
 COOL_FROM = 0.4  # share of the time after which the learning rate falls linearly to zero
 WARM_STEPS = 100
 END_SECONDS = 8  # to write the files
@@ -83,7 +83,10 @@ def main() -> None:
     trainer.resume(args.out)
     source = batches(args.seed + trainer.step, rows, 224, workers)
     if on_gpu and not args.no_compile:
-        warm_up(trainer, source)
+        with torch.cuda.stream(torch.cuda.Stream()):  # as a capture wants it
+            warm_up(trainer, source)
+            torch.cuda.synchronize()
+        trainer.capture()
     seconds = args.minutes * 60
     if args.within:
         seconds = min(seconds, args.within * 60 - (time.perf_counter() - began) - END_SECONDS)
@@ -136,14 +139,45 @@ class Trainer:
         self.pairs = pairs(self.slices)
         self.step, self.elapsed, self.tokens = 0, 0.0, 0
         self.skipped = 0.0  # share of the schedule that lies behind a checkpoint started from
-        self.losses: dict[str, float] = {}
+        # What a step reads and writes stays in place, so that a graph of it can be replayed.
+        self.rows: list[Tensor] = []  # ids, document, reply, [B, T] each
+        self.rate = torch.zeros((), device=self.device)
+        self.mixed_rows = torch.zeros((), device=self.device)
+        self.losses = {name: torch.zeros((), device=self.device) for name in self.slices}
+        self.graphs: dict[tuple[str, str], torch.cuda.CUDAGraph] = {}
+        self.under_way: list[torch.cuda.Event] = []  # of replays, the oldest first
         self.log: dict[str, object] = {"progress": []}
 
     def update(self, rows: Rows, share: float) -> None:
         """One step; `share` is the part of the time that has passed."""
-        first, second = self.pairs[self.step % len(self.pairs)]
-        ids, document, reply = self._to_device(rows)
-        owner, mixed = owners(document, reply, MIXED_ROWS if share >= MIX_FROM else 0.0)
+        self._feed(rows)
+        self.mixed_rows.fill_(MIXED_ROWS if share >= MIX_FROM else 0.0)
+        rate = min(1.0, (self.step + 1) / WARM_STEPS)
+        if share > COOL_FROM:
+            rate *= max(0.0, (1 - share) / (1 - COOL_FROM))
+        self.rate.fill_(rate)
+        pair = self.pairs[self.step % len(self.pairs)]
+        if pair in self.graphs:
+            self.graphs[pair].replay()
+            self._pace()
+        else:
+            self._step(*pair)
+        self.step += 1
+        self.tokens += int(rows.document.astype(bool).sum())
+
+    def capture(self) -> None:
+        """Keep each pair's step as a CUDA graph: a step has more launches than a host is quick."""
+        pool = None
+        for pair in dict.fromkeys(self.pairs):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                self._step(*pair)
+            pool = graph.pool()
+            self.graphs[pair] = graph
+
+    def _step(self, first: str, second: str) -> None:
+        ids, document, reply = self.rows[0].long(), self.rows[1].long(), self.rows[2]
+        owner, mixed = owners(document, reply, self.mixed_rows)
         foreign = (mixed & (owner == 1), mixed & (owner == 0))
         logits = pair_forward(
             self.model, ids, document, (self.slices[first], self.slices[second]), foreign
@@ -151,28 +185,32 @@ class Trainer:
         loss, parts = pair_loss(logits[0], logits[1], ids, document, reply, foreign, mixed)
         self.optimizer.zero_grad()
         loss.backward()
-        rate = min(1.0, (self.step + 1) / WARM_STEPS)
-        if share > COOL_FROM:
-            rate *= max(0.0, (1 - share) / (1 - COOL_FROM))
-        self.optimizer.step(rate)
-        self._balance(logits[2], rate)
-        self.step += 1
-        self.tokens += int(rows.document.astype(bool).sum())
+        self.optimizer.step(self.rate)
+        self._balance(logits[2])
         for name, value in zip((first, second), parts, strict=True):
-            self.losses[name] = value
+            self.losses[name].copy_(value)
+
+    def _feed(self, rows: Rows) -> None:
+        parts = [torch.from_numpy(part) for part in (rows.ids, rows.document, rows.reply)]
+        if not self.rows:
+            self.rows = [torch.empty_like(part, device=self.device) for part in parts]
+        for held, part in zip(self.rows, parts, strict=True):
+            held.copy_(part.pin_memory() if held.is_cuda else part, non_blocking=True)
+
+    def _pace(self) -> None:
+        """Let the host be one step ahead of the GPU, not more: the host watches the time."""
+        self.under_way.append(torch.cuda.Event())
+        self.under_way[-1].record()
+        if len(self.under_way) > 1:
+            self.under_way.pop(0).synchronize()
 
     @torch.no_grad()
-    def _balance(self, loads: list[Tensor], rate: float) -> None:
+    def _balance(self, loads: list[Tensor]) -> None:
         """Move each expert's choice bias against its load; one bias serves all slices."""
         layers = [i for i, kind in enumerate(self.model.sizes.pattern) if kind == "E"]
         for i, load in zip(layers, loads, strict=True):
             bias = self.model.get(f"layers.{i}.mixer.gate.e_score_correction_bias")
-            bias += 1e-3 * rate * (load.mean() - load).sign()
-
-    def _to_device(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        parts = (rows.ids, rows.document, rows.reply)
-        ids, document, reply = (torch.from_numpy(part).to(self.device) for part in parts)
-        return ids.long(), document.long(), reply
+            bias += 1e-3 * self.rate * (load.mean() - load).sign()
 
     def save(self, directory: Path) -> None:
         save_file(
@@ -215,7 +253,6 @@ def warm_up(trainer: Trainer, source: Iterator[Rows]) -> None:
                 if attempt == 2:
                     raise
     checkpoint.load_parameters(trainer.model, keep)
-    trainer.optimizer = Optimizer(dict(trainer.model.named_parameters()))
     trainer.optimizer.load(optimizer)
     trainer.step, trainer.tokens = step, tokens
     trainer.log["compile_seconds"] = round(time.perf_counter() - began, 1)
@@ -250,10 +287,10 @@ def train(trainer: Trainer, source: Iterator[Rows], seconds: float, out: Path) -
     }
 
 
-def owners(document: Tensor, reply: Tensor, share: float) -> tuple[Tensor, Tensor]:
+def owners(document: Tensor, reply: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     """Who of the pair owns each token's cache entry, [B, T] in {0, 1}, and which rows are mixed.
 
-    Three in five rows hand each document over once, anywhere in its reply; the others switch
+    Half of the rows hand each document over once, anywhere in its reply; the others switch
     anywhere, often or now and then. Most switches are inside a number: there the rest of it has to
     be found over what another slice had in mind.
     """
@@ -265,14 +302,14 @@ def owners(document: Tensor, reply: Tensor, share: float) -> tuple[Tensor, Tenso
     start = torch.randint(0, 2, (rows, 1), device=device)
     often = (start + switches.long().cumsum(1)) % 2
     once = (start + handed_over(document, reply, chance).long()) % 2
-    owner = torch.where(pattern < 0.4, often, once)
+    owner = torch.where(pattern < 0.5, often, once)
     mixed = torch.rand(rows, 1, device=device) < share
     return owner, mixed.expand(rows, length)
 
 
 def handed_over(document: Tensor, reply: Tensor, chance: Tensor) -> Tensor:
     """Tokens [B, T] bool after one place of each document's reply, drawn evenly."""
-    last = int(document.max()) + 1
+    last = document.shape[1] + 1  # a document has a token at least
     drawn = torch.where(reply, chance, 0.0)
     top = torch.zeros(len(document), last, device=document.device)
     top = top.scatter_reduce(1, document, drawn, "amax")

@@ -6,6 +6,7 @@ steps. Stacked experts are a batch of matrices.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -38,12 +39,25 @@ class Optimizer:
         }
         self.others = {n: p for n, p in parameters.items() if n not in self.matrices}
         self.momentum = {n: torch.zeros_like(p) for n, p in self.matrices.items()}
+        some = next(iter(parameters.values()))
         self.adam = torch.optim.AdamW(
-            list(self.others.values()), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0
+            list(self.others.values()),
+            lr=torch.zeros((), device=some.device),
+            betas=(0.9, 0.95),
+            weight_decay=0.0,
+            capturable=some.is_cuda,
         )
+        # Its state must be there before a graph is captured: a step that changes nothing makes it.
+        for p in self.others.values():
+            p.grad = torch.zeros_like(p)
+        with warnings.catch_warnings(action="ignore"):  # that a capturable step was not captured
+            self.adam.step()
+        self.zero_grad()
+        self.load({})
 
     @torch.no_grad()
-    def step(self, rate: float) -> None:
+    def step(self, rate: Tensor) -> None:
+        """Update all parameters from their gradients; can be captured in a CUDA graph."""
         lr = 0.02 * rate
         groups: dict[torch.Size, list[str]] = {}
         for name, p in self.matrices.items():
@@ -57,9 +71,8 @@ class Optimizer:
             whole = orthogonalise(torch.stack(list(updates)))
             scale = max(1.0, whole.shape[-2] / whole.shape[-1]) ** 0.5
             torch._foreach_mul_(params, 1 - 0.05 * lr)
-            torch._foreach_add_(params, list(whole.unbind(0)), alpha=-lr * scale)
-        for group in self.adam.param_groups:
-            group["lr"] = 3e-3 * rate
+            torch._foreach_add_(params, list((whole * (-scale * lr)).unbind(0)))
+        self.adam.param_groups[0]["lr"].copy_(3e-3 * rate)
         self.adam.step()
 
     def zero_grad(self) -> None:
@@ -70,16 +83,12 @@ class Optimizer:
         """Every tensor that resuming needs."""
         tensors = {f"momentum.{n}": t for n, t in self.momentum.items()}
         for name, p in self.others.items():
-            for key, value in self.adam.state.get(p, {}).items():
+            for key, value in self.adam.state[p].items():
                 tensors[f"{key}.{name}"] = value
         return tensors
 
+    @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, target in self.momentum.items():
-            target.copy_(tensors[f"momentum.{name}"])
-        for name, p in self.others.items():
-            if f"exp_avg.{name}" in tensors:
-                self.adam.state[p] = {
-                    key: tensors[f"{key}.{name}"].to(p.device if key != "step" else "cpu").clone()
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                }
+        """Set the state in place; what `tensors` has not starts from zero."""
+        for name, held in self.state().items():
+            held.copy_(tensors[name]) if name in tensors else held.zero_()

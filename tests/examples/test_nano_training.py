@@ -18,6 +18,7 @@ from cascade import ElasticModel, problems
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import train_nano  # noqa: E402
 from nano import checkpoint, documents, network, traces, vocabulary  # noqa: E402
 
 
@@ -134,3 +135,25 @@ def test_the_tokenizer_round_trips_and_its_template_is_the_training_format(tiny:
     trace = traces.solve(question)
     tokens, prompt = vocabulary.encode_chat(question, trace.text, trace.answer)
     assert tokens[:prompt] == ids
+
+
+@pytest.mark.gpu
+def test_steps_replayed_from_graphs_are_steps() -> None:
+    sizes, slices = train_nano.PRESETS["tiny"]
+    losses = []
+    for captured in (False, True):
+        torch.manual_seed(1)
+        trainer = train_nano.Trainer(network.Nano(sizes, 5).to("cuda"), slices, "cuda")
+        source = documents.batches(7, 8, 224, 0)
+        train_nano.warm_up(trainer, source)
+        if captured:
+            trainer.capture()
+        source = documents.batches(7, 8, 224, 0)
+        seen = []
+        for i in range(40):
+            trainer.update(next(source), i / 400)  # unmixed, so that nothing is drawn
+            seen.append([float(trainer.losses[name]) for name in slices])
+        losses.append(seen)
+    assert torch.allclose(torch.tensor(losses[0][:5]), torch.tensor(losses[1][:5]), rtol=1e-2)
+    assert torch.allclose(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=0.1)
+    assert losses[1][-1][0] < losses[1][3][0]
