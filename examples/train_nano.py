@@ -39,10 +39,10 @@ PRESETS: dict[str, tuple[Sizes, dict[str, Widths]]] = {
         {"small": (24, 8), "medium": (40, 16), "large": (64, 32)},
     ),
 }
-MIX_FROM = 0.2  # share of the time after which rows have caches of mixed owners
-MIXED_ROWS = 0.65
-TAKEN_OVER = 8  # tokens after another slice's ones that count more in the loss: they are harder
-TAKEN_OVER_WEIGHT = 2.5
+MIX_FROM = 0.15  # share of the time after which rows have caches of mixed owners
+MIXED_ROWS = 0.75
+TAKEN_OVER = 10  # tokens after another slice's ones that count more in the loss: they are harder
+TAKEN_OVER_WEIGHT = 3.0
 COOL_FROM = 0.4  # share of the time after which the learning rate falls linearly to zero
 WARM_STEPS = 100
 END_SECONDS = 8  # to write the files
@@ -290,7 +290,7 @@ def train(trainer: Trainer, source: Iterator[Rows], seconds: float, out: Path) -
 def owners(document: Tensor, reply: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     """Who of the pair owns each token's cache entry, [B, T] in {0, 1}, and which rows are mixed.
 
-    Half of the rows hand each document over once, anywhere in its reply; the others switch
+    Three in five rows hand each document over once, anywhere in its reply; the others switch
     anywhere, often or now and then. Most switches are inside a number: there the rest of it has to
     be found over what another slice had in mind.
     """
@@ -302,7 +302,7 @@ def owners(document: Tensor, reply: Tensor, share: Tensor) -> tuple[Tensor, Tens
     start = torch.randint(0, 2, (rows, 1), device=device)
     often = (start + switches.long().cumsum(1)) % 2
     once = (start + handed_over(document, reply, chance).long()) % 2
-    owner = torch.where(pattern < 0.5, often, once)
+    owner = torch.where(pattern < 0.4, often, once)
     mixed = torch.rand(rows, 1, device=device) < share
     return owner, mixed.expand(rows, length)
 

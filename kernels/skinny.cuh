@@ -143,7 +143,8 @@ __device__ __forceinline__ void multiply_all(const Products& a, After after) {
             Grouped<N> grouped{a.norm, factors, (int)a.groups, depth / (int)a.groups};
             multiply(sum, ring, x, 0, steps, depth, grouped, column, more);
         } else {
-            Normed<N> normed(a.norm);
+            // With 16 tokens and more there are no registers for what comes next.
+            Normed<N, NORM == WARPWISE && N == 1> normed(a.norm);
             multiply(sum, ring, x, 0, steps, depth, normed, column, more);
             if constexpr (NORM == WHOLE) gathered[turn].put_squares(normed.squares);
             if constexpr (NORM == WARPWISE) {

@@ -175,9 +175,9 @@ __device__ __forceinline__ uint4 load_norm(const bf16* norm, int k, bool inside)
 }
 
 // Tokens times the norm's weight; their squares are summed on the way, for a factor at the end.
-template <int N>
+template <int N, bool EARLY = false>
 struct Normed {
-    static constexpr bool AHEAD = false;
+    static constexpr bool AHEAD = EARLY;
 
     const bf16* norm;
     float squares[N];
