@@ -149,16 +149,10 @@ def _draw(lines: list[_Line], logits: Tensor, ids: Tensor, decoder: Decoder) -> 
         if not line.sampler.params.greedy:
             together.setdefault(line.sampler.filters, []).append(i)
     for members in together.values():
-        numbers = torch.tensor(
-            [
-                [lines[i].sampler.seed for i in members],
-                [lines[i].at for i in members],
-                [lines[i].sequence.slot.index for i in members],
-                members,
-            ],
-            pin_memory=logits.is_cuda,
+        rows = ((lines[i], i) for i in members)
+        seeds, positions, slots, places = lines[0].sequence.cache.index(
+            *((line.sampler.seed, line.at, line.sequence.slot.index, i) for line, i in rows)
         )
-        seeds, positions, slots, places = numbers.to(logits.device, non_blocking=True).unbind()
         table = logits if len(members) == len(lines) else logits[places]
         probs = lines[members[0]].sampler.distributions(table, ())
         drawn = lines[0].sequence.model.kernels.race_sample(probs, seeds, positions)

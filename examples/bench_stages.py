@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
+from cascade.bench.clock import Clock
 from cascade.graphs import Captured, Decoder
 from cascade.kernels.compiler import Kernel
 from cascade.model import ElasticModel
@@ -67,7 +67,12 @@ def stages(
         writer, [(slot.index, slot.folded, slot.entries, draw(length)) for slot in slots]
     )
     launches: Counter[str] = Counter()
-    whole = replay_ms(decoder, captured, writer, lambda kernel: launches.update([kernel]) is None)
+
+    def count(kernel: str) -> bool:
+        launches[kernel] += 1
+        return True
+
+    whole = replay_ms(decoder, captured, writer, count)
     print(f"\n{name}, {rows} rows of {length} tokens, {context} before: {whole:.3f} ms")
     print(f"{'without':24}{'launches':>9}{'ms':>9}{'saves us':>10}{'a launch':>10}")
     without = {}
@@ -89,15 +94,7 @@ def replay_ms(
     graph = torch.cuda.CUDAGraph()
     with only(launched), torch.cuda.graph(graph):
         decoder._pass(captured, writer)
-    times = []
-    for _ in range(REPLAYS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
+    return 1e3 * Clock(decoder.latest.device).median(graph.replay, REPLAYS)
 
 
 @contextmanager
