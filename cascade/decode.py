@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cascade.architecture import Architecture
 from cascade.cache import Cache
-from cascade.kernels.plan import Plan
+from cascade.kernels.plan import Choice, Plan
 from cascade.weights import AttentionWeights, MambaWeights, MLPWeights, ModelWeights, MoEWeights
 
 Row = tuple[int, int, int, Sequence[int]]  # slot, position of the first id, its journal entry, ids
@@ -243,20 +243,13 @@ def _moe(
     b: Buffers,
     plan: Plan,
 ) -> None:
-    kernels.route_tokens(
-        b.hidden,
-        norm,
-        arch.eps,
-        w.router,
-        w.router_bias,
-        table.counts,
-        arch.top_k,
-        arch.normalise,
-        arch.routed_scale,
-        b.router,
-        plan,
+    kernels.norm_linear(b.hidden, [w.router], [b.router], ["store"], norm, eps=arch.eps)
+    choice = Choice(
+        b.router, w.router_bias, table.counts, arch.top_k, arch.normalise, arch.routed_scale
     )
-    kernels.experts_up(b.hidden, norm, arch.eps, w.up, plan, b.routed, w.shared.up, b.dense)
+    kernels.experts_up(
+        b.hidden, norm, arch.eps, choice, w.up, plan, b.routed, w.shared.up, b.dense
+    )
     kernels.experts_down(b.hidden, b.routed, w.down, plan, b.dense, w.shared.down)
 
 

@@ -43,12 +43,17 @@ struct Counted {
     __device__ __forceinline__ int present() const { return (int)(value >> 48); }
 };
 
-// The experts of one token, by one warp: EACH of them a lane. `picks` and `shares` are [tokens, top_k].
-template <int EACH>
-__device__ __forceinline__ void choose_among(const Choice& a, int token, unsigned* bits, int* picks,
-                                             float* shares) {
+// The experts of one token, by one warp. `picks` and `shares` are [tokens, top_k].
+__device__ __forceinline__ void choose_for(const Choice& a, int token, unsigned* bits, int* picks,
+                                           float* shares) {
+    constexpr int EACH = MOST / 32;  // experts of a lane
+    const int length = (int)a.length, row = token / length;
     const int experts = (int)a.experts, top_k = (int)a.top_k, lane = threadIdx.x % 32;
     const int words = ((int)a.tokens + 31) / 32;
+    if (token - row * length >= a.rows[row]) {
+        if (lane < top_k) picks[token * top_k + lane] = -1;
+        return;
+    }
     float score[EACH];
     unsigned key[EACH];
 #pragma unroll
@@ -62,8 +67,8 @@ __device__ __forceinline__ void choose_among(const Choice& a, int token, unsigne
         score[i] = 1.f / (1.f + expf(-score[i]));
         key[i] = i * 32 + lane < experts ? ordered(score[i] + __uint_as_float(key[i])) : 0;
     }
-    float total = 0.f, own = 0.f;
-    int pick = -1;
+    int pick = 0;
+#pragma unroll 1
     for (int j = 0; j < top_k; j++) {
         unsigned best = key[0];
         int at = lane;
@@ -73,14 +78,19 @@ __device__ __forceinline__ void choose_among(const Choice& a, int token, unsigne
         const unsigned whole = __reduce_max_sync(~0u, best);
         at = (int)__reduce_min_sync(~0u, best == whole ? (unsigned)at : ~0u);
         at = min(at, experts - 1);  // where nothing was a number
-        float value = 0.f;
 #pragma unroll
         for (int i = 0; i < EACH; i++)
-            if (i * 32 + lane == at) value = score[i], key[i] = 0;
-        value = __shfl_sync(~0u, value, at % 32);
-        total += value;
-        if (lane == j) own = value, pick = at;
+            if (i * 32 + lane == at) key[i] = 0;
+        if (lane == j) pick = at;
     }
+    float own = 0.f;
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        const float value = __shfl_sync(~0u, score[i], pick % 32);
+        if (pick / 32 == i && lane < top_k) own = value;
+    }
+    float total = own;
+    for (int distance = 16; distance; distance /= 2) total += __shfl_xor_sync(~0u, total, distance);
     if (lane >= top_k) return;
     picks[token * top_k + lane] = pick;
     shares[token * top_k + lane] =
@@ -88,27 +98,25 @@ __device__ __forceinline__ void choose_among(const Choice& a, int token, unsigne
     atomicOr(&bits[pick * words + token / 32], 1u << token % 32);
 }
 
-__device__ __forceinline__ void choose_for(const Choice& a, int token, unsigned* bits, int* picks,
-                                           float* shares) {
-    const int lane = threadIdx.x % 32;
-    if (token % (int)a.length >= a.rows[token / (int)a.length]) {
-        if (lane < a.top_k) picks[token * (int)a.top_k + lane] = -1;
-    } else if (a.experts <= 128)
-        choose_among<4>(a, token, bits, picks, shares);
-    else
-        choose_among<8>(a, token, bits, picks, shares);
-}
+// What of the lists a block keeps for itself, of at most MOST pairs and 32 tokens.
+struct Lists {
+    int count;                  // of items
+    unsigned items[MOST];       // expert, pairs << 8, first pair << 16
+    unsigned char token[MOST];  // of a pair
+};
 
-// The lists, by a block of MOST threads, from the bits of all tokens.
+// The lists, by a block of MOST threads, from the bits of all tokens: those that the block keeps,
+// unless there are none, and those of `a`, if it writes them. pairs_before: [MOST], scratch
 __device__ __forceinline__ void make_lists(const Choice& a, const unsigned* bits, const int* picks,
-                                           const float* shares) {
-    __shared__ int pairs_before[MOST];
+                                           const float* shares, int* pairs_before, Lists* own,
+                                           bool writes) {
     __shared__ u64 warps[MOST / 32];
     const int tokens = (int)a.tokens, experts = (int)a.experts, top_k = (int)a.top_k;
     const int words = (tokens + 31) / 32, thread = threadIdx.x, lane = thread % 32;
     const volatile unsigned* const set = bits;
     int mine = 0;
     if (thread < experts)
+#pragma unroll 1
         for (int word = 0; word < words; word++) mine += __popc(set[thread * words + word]);
     const int items = (mine + (int)a.item_tokens - 1) / (int)a.item_tokens;
     u64 sum = Counted(mine, items, mine > 0).value;
@@ -118,32 +126,43 @@ __device__ __forceinline__ void make_lists(const Choice& a, const unsigned* bits
     }
     if (lane == 31) warps[thread / 32] = sum;
     __syncthreads();
+#pragma unroll 1
     for (int warp = 0; warp < thread / 32; warp++) sum += warps[warp];
     Counted through(0, 0, 0);
     through.value = sum;
     pairs_before[thread] = through.pairs() - mine;
+#pragma unroll 1
     for (int i = 0; i < items; i++) {
-        const long long item = through.items() - items + i;
-        if (item >= a.items_held) break;
-        a.items[item] = thread;
-        a.items[a.items_held + item] = pairs_before[thread] + i * (int)a.item_tokens;
-        a.items[2 * a.items_held + item] = min((int)a.item_tokens, mine - i * (int)a.item_tokens);
+        const int item = through.items() - items + i, held = (int)a.items_held;
+        const int first = pairs_before[thread] + i * (int)a.item_tokens;
+        const int pairs = min((int)a.item_tokens, mine - i * (int)a.item_tokens);
+        if (item >= held) break;
+        if (own) own->items[item] = thread | pairs << 8 | first << 16;
+        if (writes) {
+            a.items[item] = thread;
+            a.items[held + item] = first, a.items[2 * held + item] = pairs;
+        }
     }
     if (thread == MOST - 1) {
-        a.counts[0] = min(through.items(), (int)a.items_held);
-        a.counts[1] = through.present();
+        const int count = min(through.items(), (int)a.items_held);
+        if (own) own->count = count;
+        if (writes) a.counts[0] = count, a.counts[1] = through.present();
     }
     __syncthreads();
+#pragma unroll 1
     for (int i = thread; i < tokens * top_k; i += MOST) {
         const int token = i / top_k, expert = ((const volatile int*)picks)[i];
         const float share = ((const volatile float*)shares)[i];
         if (expert < 0) {
-            a.places[i] = -1;
+            if (writes) a.places[i] = -1;
             continue;
         }
         int place = pairs_before[expert];
+#pragma unroll 1
         for (int word = 0; word < token / 32; word++) place += __popc(set[expert * words + word]);
         place += __popc(set[expert * words + token / 32] & ((1u << token % 32) - 1));
+        if (own) own->token[place] = (unsigned char)token;
+        if (!writes) continue;
         a.places[i] = place;
         a.pair_token[place] = token;
         a.pair_weight[place] = a.shares[i] = share;

@@ -8,6 +8,7 @@ constexpr int THREADS = MOST;
 // grid = (tokens / warps)
 extern "C" __global__ void __launch_bounds__(THREADS) choose(const Arguments a) {
     __shared__ bool is_last;
+    __shared__ int pairs_before[MOST];
     wait_for_inputs();
     let_next_start();
     const int token = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
@@ -18,7 +19,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) choose(const Arguments a) 
     __syncthreads();
     if (!is_last) return;
     __threadfence();
-    make_lists(a, a.bits, a.places, a.shares);
+    make_lists(a, a.bits, a.places, a.shares, pairs_before, nullptr, true);
     __syncthreads();
     const int words = (int)a.experts * (((int)a.tokens + 31) / 32);
     for (int i = threadIdx.x; i < words; i += THREADS) a.bits[i] = 0;

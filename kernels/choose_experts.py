@@ -13,7 +13,8 @@ THREADS = 256  # as in the .cu
 LARGEST_EXPERTS, LARGEST_CHOICE = 256, 32
 
 _FP32, INT32 = (torch.float32,), (torch.int32,)
-_KERNEL = Kernel("choose_experts", "choose", 19, overlaps=True)
+MEMBERS = 19  # of `Choice` in choose.cuh
+_KERNEL = Kernel("choose_experts", "choose", MEMBERS, overlaps=True)
 
 
 def choose_experts(

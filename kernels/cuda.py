@@ -31,7 +31,6 @@ from cascade.kernels.prefill import attention, experts, route, ssm_scan
 from cascade.kernels.provenance_stamp import provenance_stamp
 from cascade.kernels.race_sample import race_sample
 from cascade.kernels.reference_layers import causal_conv, gated_norm
-from cascade.kernels.route_tokens import route_tokens
 from cascade.kernels.slot_attention import slot_attention
 from cascade.kernels.ssm_commit import ssm_commit
 
@@ -63,7 +62,6 @@ __all__ = [
     "race_sample",
     "rms_norm",
     "route",
-    "route_tokens",
     "short_pass_obstacle",
     "slot_attention",
     "ssm_commit",

@@ -1,8 +1,10 @@
-// Products with the weights of the chosen experts, for the (token, expert) pairs of choose_experts:
-// relu(up(norm(x))) ** 2 into bf16, or down(inner) into fp32.
+// Products with the weights of the chosen experts, for their (token, expert) pairs: relu(up(norm(x))) ** 2
+// into bf16, or down(inner) into fp32.
 //
 // The first half may begin with that of the shared expert, which needs no choice: a block goes through
-// its share of it while the experts are still being chosen.
+// its share of it while the router still computes its logits. Then every block chooses for itself, which
+// takes less time than to wait for one that does it for all.
+#include "choose.cuh"
 #include "tile_stream.cuh"
 
 struct Arguments {
@@ -16,62 +18,130 @@ struct Arguments {
     const int* counts;
     const int* pair_token;
     long long x_stride, tokens, depth, width, expert_stride, row_stride;
-    long long shared_width, shared_stride, dense_stride, items_held, eps, team, shared_team;
+    long long shared_width, shared_stride, dense_stride, items_held, eps, team;
+    long long shared_team, shared_blocks;  // of the blocks that take part in the shared expert
+    Choice choice;  // that fills the lists above, of at most MOST pairs; with a shared expert
 };
 
 __device__ __forceinline__ bf16 activated(float x) {
     return (bf16)narrow(relu_squared(widen((bf16)narrow(x))));
 }
 
-// The shared expert's rows, for 8 * S tokens.
-template <int S>
-__device__ __forceinline__ void shared_rows(const Arguments& a, uint4* shared, Gathered<S>* gathered) {
-    const Team team((int)a.shared_team);
-    const int depth = (int)a.depth, g = threadIdx.x % 32 / 4, total = (int)a.shared_width;
-    const int steps = team.steps(depth);
+// Wait for the logits and choose, into lists of this block's own. Block 0 writes those of all before the
+// next kernel may start, which therefore may read them before it waits.
+__device__ __forceinline__ void choose_here(const Choice& choice, void* scratch, Lists* own) {
+    unsigned* const bits = static_cast<unsigned*>(scratch);
+    int* const picks = reinterpret_cast<int*>(bits + MOST);
+    int* const pairs_before = picks + MOST;
+    float* const shares = reinterpret_cast<float*>(pairs_before + MOST);
+    const bool writes = blockIdx.x == 0;
+    bits[threadIdx.x] = 0;
+    wait_for_inputs();
+    if (!writes) let_next_start();
+    __syncthreads();
+#pragma unroll 1
+    for (int token = threadIdx.x / 32; token < choice.tokens; token += WARPS)
+        choose_for(choice, token, bits, picks, shares);
+    __syncthreads();
+    make_lists(choice, bits, picks, shares, pairs_before, own, writes);
+    if (writes) __threadfence();
+    __syncthreads();
+    if (writes) let_next_start();
+}
+
+// What is multiplied together: the rows of all items' experts, or those of the shared expert, which is
+// one item of all tokens.
+// OWN: whether the items are in this block's own lists, and otherwise the shared expert is meant
+template <bool OWN>
+struct View {
+    const bf16* weights;
+    void* out;         // rows out_stride apart
+    const Lists* own;  // or null
+    int expert_stride, row_stride, out_stride, units, width, blocks, team;
+
+    __device__ __forceinline__ int expert(const Arguments& a, int item) const {
+        if (OWN) return own ? own->items[item] & 0xff : 0;
+        return a.items[item];
+    }
+    __device__ __forceinline__ int first(const Arguments& a, int item) const {
+        if (OWN) return own ? own->items[item] >> 16 : 0;
+        return a.items[a.items_held + item];
+    }
+    __device__ __forceinline__ int pairs(const Arguments& a, int item) const {
+        if (OWN) return own ? own->items[item] >> 8 & 0xff : (int)a.tokens;
+        return a.items[2 * a.items_held + item];
+    }
+    __device__ __forceinline__ int token(const Arguments& a, int pair) const {
+        if (OWN) return own ? own->token[pair] : pair;
+        return a.pair_token[pair];
+    }
+};
+
+template <int N, bool UP, bool OWN>
+__device__ __forceinline__ void multiply_all(const Arguments& a, const View<OWN>& view,
+                                             uint4* shared, Gathered<N>* gathered) {
+    const Team team(view.team);
+    const int depth = (int)a.depth, g = threadIdx.x % 32 / 4, steps = team.steps(depth);
     const float eps = __int_as_float((int)a.eps);
     const auto column = [&](int step) { return team.column(step); };
     Ring ring(shared);
-    Walk ahead(team, total, total);
-    Tile coming = {0, 0};
+    Walk ahead(team, view.units, view.width, view.blocks);
+    Tile coming = {0, 0, 0};
     Lines lines = {nullptr, nullptr};
-    int step = steps;
-    const auto more = [&] {
-        if (step >= steps) {
+    int next = steps;
+    const auto following = [&]() -> Batch {
+        next += STEPS<N>;
+        if (next >= steps) {
             coming = ahead.next();
-            const bf16* const first = a.shared_up + coming.row * a.shared_stride;
-            lines.low = g < coming.height ? first + g * a.shared_stride : nullptr;
-            lines.high = g + 8 < coming.height ? first + (g + 8) * a.shared_stride : nullptr;
-            step = 0;
+            if (coming.height) {
+                const bf16* const first = view.weights +
+                                          (long long)view.expert(a, coming.unit) * view.expert_stride +
+                                          (long long)coming.row * view.row_stride;
+                lines.low = g < coming.height ? first + g * view.row_stride : nullptr;
+                lines.high = g + 8 < coming.height ? first + (g + 8) * view.row_stride : nullptr;
+            }
+            next = 0;
         }
-        ring.issue(lines, column(step), coming.height && step < steps, depth);
-        step++;
+        return {lines, next, coming.height ? steps : next, depth};
     };
-#pragma unroll 1
-    for (int i = 0; i < STAGES; i++) more();
-    const bf16* x[S];
-#pragma unroll
-    for (int n = 0; n < S; n++)
-        x[n] = n * 8 + g < a.tokens ? a.x + (n * 8 + g) * a.x_stride : nullptr;
-    Walk walk(team, total, total);
+    ring.fill<N>(column, following);
+
+    Walk walk(team, view.units, view.width, view.blocks);
     int turn = 0;
     for (Tile tile = walk.next(); tile.height; tile = walk.next(), turn ^= 1) {
-        float sum[S][4] = {};
-        Normed<S> normed(a.norm);
-        multiply(sum, ring, x, 0, steps, depth, normed, column, more);
+        const int first = view.first(a, tile.unit), pairs = view.pairs(a, tile.unit);
+        const bf16* x[N];
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            const int pair = first + n * 8 + g;
+            const bool is_there = n * 8 + g < pairs;
+            const int row = UP && is_there ? view.token(a, pair) : pair;
+            x[n] = is_there ? a.x + row * a.x_stride : nullptr;
+        }
+        float sum[N][4] = {};
+        if constexpr (UP) {
+            Normed<N> normed(a.norm);
+            multiply(sum, ring, x, 0, steps, depth, normed, column, following);
+            gathered[turn].put_squares(normed.squares);
+        } else {
+            Plain plain;
+            multiply(sum, ring, x, 0, steps, depth, plain, column, following);
+        }
         gathered[turn].put(sum);
-        gathered[turn].put_squares(normed.squares);
         team.meet();
-        for (int i = team.thread(); i < S * 8 * TILE; i += team.threads()) {
-            const int row = i % TILE, token = i / TILE;
-            if (token >= a.tokens || row >= tile.height) continue;
-            const float factor = gathered[turn].factor(team, token, depth, eps);
-            a.dense[token * a.dense_stride + tile.row + row] =
-                activated(gathered[turn].at(team, row, token) * factor);
+#pragma unroll 1
+        for (int i = team.thread(); i < N * 8 * TILE; i += team.threads()) {
+            const int row = i % TILE, pair = i / TILE;
+            if (pair >= pairs || row >= tile.height) continue;
+            const float value = gathered[turn].at(team, row, pair);
+            const long long to = (long long)(first + pair) * view.out_stride + tile.row + row;
+            if constexpr (UP)
+                static_cast<bf16*>(view.out)[to] =
+                    activated(value * gathered[turn].factor(team, pair, depth, eps));
+            else
+                static_cast<float*>(view.out)[to] = value;
         }
     }
-    wait_for_group<0>();
-    __syncthreads();  // `gathered` and the ring are the experts' now
 }
 
 // grid = (blocks that share the rows of the shared expert, then those of all items); shared: the ring
@@ -81,76 +151,38 @@ __device__ __forceinline__ void product(const Arguments& a) {
     constexpr int MOST_GROUPS = N > S ? N : S;
     __shared__ Gathered<MOST_GROUPS> memory[2];
     extern __shared__ uint4 shared[];
-    const int depth = (int)a.depth, lane = threadIdx.x % 32, g = lane / 4;
-    const float eps = __int_as_float((int)a.eps);
-    // x is older than the choice: the kernel that made it has ended before the one in between began.
-    if constexpr (S > 0) shared_rows<S>(a, shared, reinterpret_cast<Gathered<S>*>(memory));
-    Gathered<N>* const gathered = reinterpret_cast<Gathered<N>*>(memory);
-    wait_for_inputs();
-    let_next_start();
-    const Team team((int)a.team);
-    const int width = (int)a.width, steps = team.steps(depth);
-    const auto column = [&](int step) { return team.column(step); };
-    wait_for_inputs();
-    let_next_start();
-    const int total = a.counts[0] * width;
-
-    Ring ring(shared);
-    Walk ahead(team, total, width);
-    Tile coming = {0, 0};
-    Lines lines = {nullptr, nullptr};
-    int step = steps;
-    const auto more = [&] {
-        if (step >= steps) {
-            coming = ahead.next();
-            if (coming.height) {
-                const long long expert = a.items[coming.row / width];
-                const bf16* const first =
-                    a.weights + expert * a.expert_stride + coming.row % width * a.row_stride;
-                lines.low = g < coming.height ? first + g * a.row_stride : nullptr;
-                lines.high = g + 8 < coming.height ? first + (g + 8) * a.row_stride : nullptr;
-            }
-            step = 0;
-        }
-        ring.issue(lines, column(step), coming.height && step < steps, depth);
-        step++;
-    };
+    View<S != 0> view = {a.weights,          a.out,        nullptr,       (int)a.expert_stride,
+                         (int)a.row_stride,  (int)a.width, 0,             (int)a.width,
+                         (int)gridDim.x,     (int)a.team};
+    if constexpr (S == 0) {
+        wait_for_inputs();
+        let_next_start();
+        view.units = a.counts[0];
+        multiply_all<N, UP>(a, view, shared, memory);
+    } else {
+        // x is older than the router's logits: the kernel that made it has ended before theirs began.
+        __shared__ Lists own;
+        const auto take_experts = [&] {
+            wait_for_group<0>();
+            __syncthreads();  // `memory` and the ring are the experts' now
+            choose_here(a.choice, memory, &own);
+            view = {a.weights,         a.out,        &own,      (int)a.expert_stride,
+                    (int)a.row_stride, (int)a.width, own.count, (int)a.width,
+                    (int)gridDim.x,    (int)a.team};
+        };
+        view = {a.shared_up,           a.dense,         nullptr,          0,
+                (int)a.shared_stride,  (int)a.dense_stride, 1,            (int)a.shared_width,
+                (int)a.shared_blocks,  (int)a.shared_team};
+        if constexpr (S == N) {
 #pragma unroll 1
-    for (int i = 0; i < STAGES; i++) more();
-
-    Walk walk(team, total, width);
-    int turn = 0;
-    for (Tile tile = walk.next(); tile.height; tile = walk.next(), turn ^= 1) {
-        const int item = tile.row / width, place = tile.row % width;
-        const long long first = a.items[a.items_held + item];
-        const int count = a.items[2 * a.items_held + item];
-        const bf16* x[N];
-#pragma unroll
-        for (int n = 0; n < N; n++) {
-            const long long pair = first + n * 8 + g;
-            x[n] = n * 8 + g < count ? a.x + (UP ? a.pair_token[pair] : pair) * a.x_stride : nullptr;
-        }
-        float sum[N][4] = {};
-        if constexpr (UP) {
-            Normed<N> normed(a.norm);
-            multiply(sum, ring, x, 0, steps, depth, normed, column, more);
-            gathered[turn].put_squares(normed.squares);
+            for (int part = 0; part < 2; part++) {
+                if (part) take_experts();
+                multiply_all<N, UP>(a, view, shared, memory);
+            }
         } else {
-            Plain plain;
-            multiply(sum, ring, x, 0, steps, depth, plain, column, more);
-        }
-        gathered[turn].put(sum);
-        team.meet();
-        for (int i = team.thread(); i < N * 8 * TILE; i += team.threads()) {
-            const int row = i % TILE, pair = i / TILE;
-            if (pair >= count || row >= tile.height) continue;
-            const float value = gathered[turn].at(team, row, pair);
-            const long long to = (first + pair) * a.width + place + row;
-            if constexpr (UP) {
-                const float factor = gathered[turn].factor(team, pair, depth, eps);
-                static_cast<bf16*>(a.out)[to] = activated(value * factor);
-            } else
-                static_cast<float*>(a.out)[to] = value;
+            multiply_all<S, UP>(a, view, shared, reinterpret_cast<Gathered<S>*>(memory));
+            take_experts();
+            multiply_all<N, UP>(a, view, shared, reinterpret_cast<Gathered<N>*>(memory));
         }
     }
 }

@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cascade.kernels import checks, tile_stream
-from cascade.kernels.compiler import Kernel
-from cascade.kernels.plan import Plan
+from cascade.kernels import checks, choose_experts, tile_stream
+from cascade.kernels.compiler import Kernel, multiprocessors
+from cascade.kernels.plan import Choice, Plan
 
 THREADS = 256  # as in the .cu
 SHARED_WIDTHS = (8, 16, 32)  # tokens of the shared expert at once
+MOST_PICKS = 256  # tokens times top_k that a block chooses for itself
 
 _BF16, _INT32, _FP32 = (torch.bfloat16,), (torch.int32,), (torch.float32,)
 _KERNELS = {
-    name: Kernel("experts_product", name, 22, overlaps=True)
+    name: Kernel("experts_product", name, 23 + choose_experts.MEMBERS, overlaps=True)
     for name in (
         *(f"up_8_shared_{width}" for width in SHARED_WIDTHS),
         *(f"{half}_{tokens}" for half in ("up", "down") for tokens in (8, 16)),
@@ -31,28 +32,34 @@ def experts_pairs_up(
     inner: Tensor,
     shared_up: Tensor | None = None,
     dense: Tensor | None = None,
+    choice: Choice | None = None,
 ) -> None:
-    """inner <- relu(up(RMSNorm(x))) ** 2 of the plan's pairs; first the same of the shared expert.
+    """inner <- relu(up(RMSNorm(x))) ** 2 of the plan's pairs.
 
     See reference_decode.experts_up. bf16; K and the strides of `up` and `shared_up` must be
-    multiples of 8. With a shared expert at most 32 tokens.
+    multiples of 8. With a shared expert and a choice, of at most 32 tokens and 256 picks, first the
+    same of the shared expert, and the plan is made on the way.
     """
     depth = x.shape[-1]
     scale = checks.array("norm", norm, _BF16, (depth,))
     checks.aligned("norm", scale)
     pairs, width = plan.tokens.numel(), up.shape[1]
     target = checks.array("inner", inner, _BF16, (pairs, width))
-    if (shared_up is None) != (dense is None):
-        raise checks.KernelArgumentError("shared_up and dense go together")
-    if shared_up is None or dense is None:
-        _launch("up", x, up, plan, target, scale, eps, (0, 0, 0, 0, 0), norm, inner)
+    if shared_up is None or dense is None or choice is None:
+        if not (shared_up is dense is choice is None):
+            raise checks.KernelArgumentError("shared_up, dense and choice go together")
+        _launch("up", x, up, plan, target, scale, eps, (0, 0, 0, 0, 0), (), norm, inner)
         return
     tokens, rows = x.shape[0], shared_up.shape[0]
     checks.within("the number of tokens", tokens, 0, SHARED_WIDTHS[-1])
+    checks.within("tokens times top_k", tokens * choice.top_k, 0, MOST_PICKS)
+    checks.within("the number of logits", choice.logits.shape[0], tokens, tokens)
     source, stride = checks.strided("shared_up", shared_up, _BF16, (rows, depth))
     place, dense_stride = checks.strided("dense", dense, _BF16, (tokens, rows))
     shared = (source, place, rows, stride, dense_stride)
-    _launch("up", x, up, plan, target, scale, eps, shared, norm, inner, shared_up, dense)
+    others = norm, inner, shared_up, dense, *choice[:3], *plan[3:8]
+    choosing = choose_experts.arguments(*choice, plan)
+    _launch("up", x, up, plan, target, scale, eps, shared, choosing, *others)
 
 
 def experts_pairs_down(inner: Tensor, down: Tensor, plan: Plan, out: Tensor) -> None:
@@ -64,7 +71,7 @@ def experts_pairs_down(inner: Tensor, down: Tensor, plan: Plan, out: Tensor) -> 
     pairs, width = plan.tokens.numel(), down.shape[1]
     target = checks.array("out", out, _FP32, (pairs, width))
     checks.within("the rows of inner", inner.shape[0], pairs, pairs)
-    _launch("down", inner, down, plan, target, 0, 0.0, (0, 0, 0, 0, 0), out)
+    _launch("down", inner, down, plan, target, 0, 0.0, (0, 0, 0, 0, 0), (), out)
 
 
 def _launch(
@@ -76,6 +83,7 @@ def _launch(
     scale: int,
     eps: float,
     shared: tuple[int, int, int, int, int],
+    choosing: tuple[int, ...],
     *others: Tensor,
 ) -> None:
     rows, depth = checks.sizes("x", x, "n K")
@@ -85,6 +93,7 @@ def _launch(
         "weights", weights, _BF16, (experts, width, depth)
     )
     checks.multiple("the depth K", depth, 8)
+    checks.within("the stride from expert to expert", expert_stride, 0, 2**31 - 1)
     pairs, (_, held) = plan.tokens.numel(), checks.sizes("plan.items", plan.items, "3 I")
     places = (
         checks.array("plan.items", plan.items, _INT32, (3, held)),
@@ -104,6 +113,8 @@ def _launch(
         return
     at_once = 0 if shared_width and rows > SHARED_WIDTHS[0] else plan.item_tokens
     blocks = tile_stream.blocks(device, at_once, held * width)
+    # Where three blocks fit, the third begins when the router is done: too late for a share.
+    shared_blocks = min(blocks, 2 * multiprocessors(device))
     _KERNELS[name].launch(
         device,
         (blocks, 1, 1),
@@ -128,7 +139,9 @@ def _launch(
             held,
             checks.float_bits(eps),
             tile_stream.team(blocks, held * width, plan.item_tokens),
-            tile_stream.team(blocks, shared_width, SHARED_WIDTHS[-1]),
+            tile_stream.team(shared_blocks, shared_width, SHARED_WIDTHS[-1]),
+            shared_blocks,
+            *(choosing or (0,) * choose_experts.MEMBERS),
         ),
         tile_stream.RING,
     )

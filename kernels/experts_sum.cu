@@ -65,12 +65,13 @@ __device__ __forceinline__ void down(const Arguments& a) {
 
     const auto column = [](int step) { return step * STEP + (int)threadIdx.x % 4 * 8; };
     Ring ring(shared);
-    Walk ahead(team, hidden, hidden);
+    Walk walk(team, 1, hidden, (int)gridDim.x), ahead = walk;
     Tile coming = ahead.next();
     Piece piece = {false, 0, 0, 0};
     Lines lines = {nullptr, nullptr};
     int position = first_step, depth_ahead = 0, step = 0;
-    const auto more = [&] {
+    const auto following = [&]() -> Batch {
+        step += STEPS<N>;
         if (step >= piece.end) {
             if (position >= last_step) coming = ahead.next(), position = first_step;
             piece = {false, 0, 0, 0};
@@ -88,15 +89,12 @@ __device__ __forceinline__ void down(const Arguments& a) {
             }
             step = piece.begin;
         }
-        ring.issue(lines, column(step), step < piece.end, depth_ahead);
-        step++;
+        return {lines, step, piece.end, depth_ahead};
     };
-#pragma unroll 1
-    for (int i = 0; i < STAGES; i++) more();
+    ring.fill<N>(column, following);
     wait_for_inputs();
     let_next_start();
 
-    Walk walk(team, hidden, hidden);
     for (Tile tile = walk.next(); tile.height; tile = walk.next()) {
         for (int i = lane; i < tokens * TILE; i += 32) own[i] = 0.f;
         __syncwarp();
@@ -114,7 +112,7 @@ __device__ __forceinline__ void down(const Arguments& a) {
                 x[n] = n * 8 + g < count ? source + (first + n * 8 + g) * stride : nullptr;
             float sum[N][4] = {};
             Plain plain;
-            multiply(sum, ring, x, now.begin, now.end, depth, plain, column, more);
+            multiply(sum, ring, x, now.begin, now.end, depth, plain, column, following);
 #pragma unroll
             for (int n = 0; n < N; n++)
 #pragma unroll

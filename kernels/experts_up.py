@@ -1,27 +1,34 @@
-"""The first half of the experts: the shared one in the same launch where tokens are few."""
+"""The first half of the experts: choice and shared expert in the same launch where tokens are few."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from cascade.kernels.experts_product import SHARED_WIDTHS, experts_pairs_up
+from cascade.kernels.choose_experts import choose_experts
+from cascade.kernels.experts_product import MOST_PICKS, SHARED_WIDTHS, experts_pairs_up
 from cascade.kernels.norm_linear import norm_linear
-from cascade.kernels.plan import Plan
+from cascade.kernels.plan import Choice, Plan
 
 
 def experts_up(
     x: Tensor,
     norm: Tensor,
     eps: float,
+    choice: Choice,
     up: Tensor,
     plan: Plan,
     inner: Tensor,
     shared_up: Tensor,
     dense: Tensor,
 ) -> None:
-    """See reference_decode.experts_up. bf16; K and all strides must be multiples of 8."""
-    if x.shape[0] <= SHARED_WIDTHS[-1]:
-        experts_pairs_up(x, norm, eps, up, plan, inner, shared_up, dense)
+    """See reference_decode.experts_up. bf16; K and all strides must be multiples of 8.
+
+    x must be older than the logits: few tokens of it are read before the logits are waited for.
+    """
+    tokens = x.shape[0]
+    if tokens <= SHARED_WIDTHS[-1] and tokens * choice.top_k <= MOST_PICKS:
+        experts_pairs_up(x, norm, eps, up, plan, inner, shared_up, dense, choice)
         return
+    choose_experts(*choice, plan)
     norm_linear(x, [shared_up], [dense], ["relu2"], norm, eps=eps)
     experts_pairs_up(x, norm, eps, up, plan, inner)

@@ -98,7 +98,9 @@ __device__ __forceinline__ void step(const Arguments& a) {
     wait_for_inputs();
     let_next_start();
     if (!row.usable) {
-        for (int i = thread; i < many * rows; i += threads) a.out[token * inner + head * rows + i] = 0;
+#pragma unroll 1
+        for (int i = thread; i < many * rows; i += threads)
+            a.out[token * inner + head * rows + i] = 0;
         if (thread < many) a.squares[token * heads + head + thread] = 0.f;
         return;
     }
@@ -174,6 +176,7 @@ __device__ __forceinline__ void step(const Arguments& a) {
     }
     __syncthreads();
 
+#pragma unroll 1
     for (int i = 0; i < many; i++) {
         float coming_gate = 0.f;
         if (i + 1 < many) {
@@ -199,6 +202,7 @@ __device__ __forceinline__ void step(const Arguments& a) {
     __syncthreads();
     if (thread < many) {
         float square = 0.f;
+#pragma unroll 1
         for (int w = 0; w < warps; w++) square += partial[thread * warps + w];
         a.squares[token * heads + head + thread] = square;
     }

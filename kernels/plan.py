@@ -8,6 +8,22 @@ import torch
 from torch import Tensor
 
 
+class Choice(NamedTuple):
+    """What the experts of each token are chosen by; see `reference.route`.
+
+    logits:    [n, E] fp32 of the router; bias: [E] fp32, added to the scores for the choice alone
+    counts:    [R], tokens that count of each row; the others choose none
+    normalise: whether a token's weights are divided by their sum; scale: what they are multiplied by
+    """
+
+    logits: Tensor
+    bias: Tensor
+    counts: Tensor
+    top_k: int
+    normalise: bool
+    scale: float
+
+
 class Plan(NamedTuple):
     """Which experts run for which tokens: (token, expert) pairs by expert, cut into items.
 

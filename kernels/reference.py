@@ -21,7 +21,6 @@ from cascade.kernels.reference_decode import (
     mamba_step,
     norm_linear,
     pick_tokens,
-    route_tokens,
     slot_attention,
 )
 from cascade.kernels.reference_layers import (
@@ -61,7 +60,6 @@ __all__ = [
     "race_sample",
     "rms_norm",
     "route",
-    "route_tokens",
     "short_pass_obstacle",
     "slot_attention",
     "ssm_commit",

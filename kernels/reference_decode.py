@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cascade.kernels import reference_layers as layers
-from cascade.kernels.plan import Plan
+from cascade.kernels.plan import Choice, Plan
 
 Kind = Literal["store", "relu2", "add"]
 
@@ -212,39 +212,24 @@ def choose_experts(
     plan.counts.copy_(torch.tensor([item, len(of_expert)]))
 
 
-def route_tokens(
-    x: Tensor,
-    norm: Tensor,
-    eps: float,
-    router: Tensor,
-    bias: Tensor,
-    counts: Tensor,
-    top_k: int,
-    normalise: bool,
-    scale: float,
-    logits: Tensor,
-    plan: Plan,
-) -> None:
-    """logits [n, E] fp32 <- the router [E, K] of RMSNorm(x [n, K]); plan <- their choice."""
-    norm_linear(x, [router], [logits], ["store"], norm, eps=eps)
-    choose_experts(logits, bias, counts, top_k, normalise, scale, plan)
-
-
 def experts_up(
     x: Tensor,
     norm: Tensor,
     eps: float,
+    choice: Choice,
     up: Tensor,
     plan: Plan,
     inner: Tensor,
     shared_up: Tensor,
     dense: Tensor,
 ) -> None:
-    """The first half of the shared expert and of the plan's pairs, after an RMSNorm of x [n, K].
+    """The choice of experts, and their first half after an RMSNorm of x [n, K].
 
+    plan <- the experts that `choice` gives
     dense [n, Fs] <- relu(shared_up(x)) ** 2, shared_up [Fs, K], possibly a prefix view
     inner [n * k, F] <- relu(up(x)) ** 2 of the pairs, in their order; up [E, F, K], likewise
     """
+    choose_experts(*choice, plan)
     norm_linear(x, [shared_up], [dense], ["relu2"], norm, eps=eps)
     x = layers.rms_norm(x, norm, eps)
     for expert, first, count in plan.items[:, : int(plan.counts[0])].T.tolist():

@@ -46,20 +46,23 @@ struct Grouped {
 };
 
 // Which matrix a row of all of them belongs to; `row` becomes its row in there.
-__device__ __forceinline__ int part_of(const Products& a, long long& row) {
-    int part = 0;
-    while (part < PARTS - 1 && row >= a.rows[part]) row -= a.rows[part++];
-    return part;
+__device__ __forceinline__ int part_of(const Products& a, int& row) {
+    const int first = (int)a.rows[0], second = (int)a.rows[1];
+    if (row < first) return 0;
+    row -= first;
+    if (row < second) return 1;
+    row -= second;
+    return 2;
 }
 
 __device__ __forceinline__ const bf16* line_of(const Products& a, const Tile& tile, int row) {
     if (row >= tile.height) return nullptr;
-    long long place = tile.row + row;
+    int place = tile.row + row;
     const int part = part_of(a, place);
     return a.weight[part] + place * a.weight_stride[part];
 }
 
-__device__ __forceinline__ void write(const Products& a, long long token, long long row, float value) {
+__device__ __forceinline__ void write(const Products& a, int token, int row, float value) {
     const int part = part_of(a, row);
     const long long place = token * a.out_stride[part] + row;
     bf16* const out = static_cast<bf16*>(a.out[part]);
@@ -71,16 +74,11 @@ __device__ __forceinline__ void write(const Products& a, long long token, long l
     }
 }
 
-// Nothing happens after a tile.
-struct Quiet {
-    __device__ __forceinline__ void operator()(const Tile&) const {}
-};
-
 // grid = (blocks that share the rows of all matrices)
-// after(tile): called by the whole team when a tile's products are written
+// EARLY: tokens are asked for one batch of columns ahead, which takes registers
 // shared: the ring, then factors [N * 8, groups] where sums are given
-template <int N, Norm NORM, typename After>
-__device__ __forceinline__ void multiply_all(const Products& a, After after) {
+template <int N, Norm NORM, bool EARLY>
+__device__ __forceinline__ void multiply_all(const Products& a) {
     __shared__ Gathered<N> gathered[2];
     extern __shared__ uint4 shared[];
     float* const factors = reinterpret_cast<float*>(shared + Ring::PIECES);
@@ -98,21 +96,20 @@ __device__ __forceinline__ void multiply_all(const Products& a, After after) {
     };
 
     Ring ring(shared);
-    Walk ahead(team, total, total);
-    Tile coming = {0, 0};
+    Walk walk(team, 1, total, (int)gridDim.x), ahead = walk;
+    Tile coming = {0, 0, 0};
     Lines lines = {nullptr, nullptr};
-    int step = steps;
-    const auto more = [&] {
-        if (step >= steps) {
+    int first = steps;
+    const auto following = [&]() -> Batch {
+        first += STEPS<N>;
+        if (first >= steps) {
             coming = ahead.next();
             lines = {line_of(a, coming, g), line_of(a, coming, g + 8)};
-            step = 0;
+            first = 0;
         }
-        ring.issue(lines, column(step), coming.height && step < steps, depth);
-        step++;
+        return {lines, first, coming.height ? steps : first, depth};
     };
-#pragma unroll 1
-    for (int i = 0; i < STAGES; i++) more();
+    ring.fill<N>(column, following);
     wait_for_inputs();
     let_next_start();
 
@@ -132,20 +129,18 @@ __device__ __forceinline__ void multiply_all(const Products& a, After after) {
     for (int n = 0; n < N; n++)
         x[n] = n * 8 + g < a.tokens ? a.x + (n * 8 + g) * a.x_stride : nullptr;
 
-    Walk walk(team, total, total);
     int turn = 0;
     for (Tile tile = walk.next(); tile.height; tile = walk.next(), turn ^= 1) {
         float sum[N][4] = {};
         if constexpr (NORM == NONE) {
             Plain plain;
-            multiply(sum, ring, x, 0, steps, depth, plain, column, more);
+            multiply(sum, ring, x, 0, steps, depth, plain, column, following);
         } else if constexpr (NORM == GIVEN) {
             Grouped<N> grouped{a.norm, factors, (int)a.groups, depth / (int)a.groups};
-            multiply(sum, ring, x, 0, steps, depth, grouped, column, more);
+            multiply(sum, ring, x, 0, steps, depth, grouped, column, following);
         } else {
-            // With 16 tokens and more there are no registers for what comes next.
-            Normed<N, NORM == WARPWISE && N == 1> normed(a.norm);
-            multiply(sum, ring, x, 0, steps, depth, normed, column, more);
+            Normed<N, EARLY> normed(a.norm);
+            multiply(sum, ring, x, 0, steps, depth, normed, column, following);
             if constexpr (NORM == WHOLE) gathered[turn].put_squares(normed.squares);
             if constexpr (NORM == WARPWISE) {
 #pragma unroll
@@ -160,12 +155,12 @@ __device__ __forceinline__ void multiply_all(const Products& a, After after) {
         }
         gathered[turn].put(sum);
         team.meet();
+#pragma unroll 1
         for (int i = team.thread(); i < N * 8 * TILE; i += team.threads()) {
             const int row = i % TILE, token = i / TILE;
             if (token >= a.tokens || row >= tile.height) continue;
             const float factor = NORM == WHOLE ? gathered[turn].factor(team, token, depth, eps) : 1.f;
             write(a, token, tile.row + row, gathered[turn].at(team, row, token) * factor);
         }
-        after(tile);
     }
 }

@@ -3,19 +3,20 @@
 
 typedef Products Arguments;
 
-#define ENTRY(name, N, NORM, BLOCKS)                                                        \
+#define ENTRY(name, N, NORM, EARLY, BLOCKS)                                                 \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) name(const Arguments a) { \
-        multiply_all<N, NORM>(a, Quiet());                                                  \
+        multiply_all<N, NORM, EARLY>(a);                                                    \
     }
-ENTRY(none_8, 1, NONE, 2)
-ENTRY(none_16, 2, NONE, 2)
-ENTRY(none_32, 4, NONE, 2)
-ENTRY(whole_8, 1, WHOLE, 3)
-ENTRY(whole_16, 2, WHOLE, 2)
-ENTRY(whole_32, 4, WHOLE, 2)
-ENTRY(warpwise_8, 1, WARPWISE, 2)
-ENTRY(warpwise_16, 2, WARPWISE, 2)
-ENTRY(warpwise_32, 4, WARPWISE, 2)
-ENTRY(given_8, 1, GIVEN, 2)
-ENTRY(given_16, 2, GIVEN, 2)
-ENTRY(given_32, 4, GIVEN, 2)
+ENTRY(none_8, 1, NONE, true, 2)
+ENTRY(none_16, 2, NONE, true, 2)
+ENTRY(none_32, 4, NONE, true, 2)
+ENTRY(whole_8, 1, WHOLE, false, 3)
+ENTRY(short_8, 1, WHOLE, true, 2)
+ENTRY(whole_16, 2, WHOLE, false, 2)
+ENTRY(whole_32, 4, WHOLE, false, 2)
+ENTRY(warpwise_8, 1, WARPWISE, true, 2)
+ENTRY(warpwise_16, 2, WARPWISE, false, 2)
+ENTRY(warpwise_32, 4, WARPWISE, false, 2)
+ENTRY(given_8, 1, GIVEN, false, 2)
+ENTRY(given_16, 2, GIVEN, false, 2)
+ENTRY(given_32, 4, GIVEN, false, 2)

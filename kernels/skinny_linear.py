@@ -24,10 +24,7 @@ _KERNELS = {
     for norm in ("none", "whole", "warpwise", "given")
     for width in WIDTHS
 }
-_ROUTE = {
-    width: Kernel("route_tokens", f"route_{width}", 3 + 6 * PARTS + 7 + 19, overlaps=True)
-    for width in WIDTHS
-}
+_SHORT = Kernel("skinny_linear", "short_8", 3 + 6 * PARTS + 7, overlaps=True)
 
 
 def skinny_linear(
@@ -39,14 +36,11 @@ def skinny_linear(
     squares: Tensor | None = None,
     groups: int = 1,
     eps: float = 0.0,
-    *,
-    choice: Sequence[int] = (),
 ) -> None:
     """Up to three products of few tokens with weights that are read once, in one launch.
 
     See reference_decode.norm_linear. bf16, outs also fp32 (`store`); at most 32 tokens. K and all
     strides must be multiples of 8; with a norm of several groups their squares must be given.
-    choice: `Choice` of choose.cuh, by which `route_tokens` goes on from a router's logits
     """
     tokens, depth = checks.sizes("x", x, "n K")
     x_address, x_stride = checks.strided("x", x, _BF16, (tokens, depth))
@@ -104,8 +98,9 @@ def skinny_linear(
     else:
         mode = "warpwise" if groups == WARPS and not depth % (WARPS * STEP) else "given"
     blocks = tile_stream.blocks(device, width if mode == "whole" else 0, sum(rows))
-    team = WARPS if mode == "warpwise" or choice else tile_stream.team(blocks, sum(rows), width)
-    kernel = _ROUTE[width] if choice else _KERNELS[mode, width]
+    team = WARPS if mode == "warpwise" else tile_stream.team(blocks, sum(rows), width)
+    is_short = mode == "whole" and width == 8 and not tile_stream.is_long(sum(rows))
+    kernel = _SHORT if is_short else _KERNELS[mode, width]
     kernel.launch(
         device,
         (blocks, 1, 1),
@@ -127,7 +122,6 @@ def skinny_linear(
             summands,
             checks.float_bits(eps),
             team,
-            *choice,
         ),
         tile_stream.RING + (4 * width * groups if mode == "given" else 0),
     )

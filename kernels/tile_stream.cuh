@@ -23,17 +23,19 @@ struct Lines {
     const bf16 *low, *high;
 };
 
-// Rows [row, row + height) that are multiplied at once.
+// Rows [row, row + height) of a unit that are multiplied at once.
 struct Tile {
-    int row, height;
+    int unit, row, height;
 };
 
-// The warps that multiply a tile together: `size` of them, of which this one is number `warp`.
+// The warps that multiply a tile together: `size` of them, a power of two, this one being number `warp`.
 struct Team {
     int size, number, warp;
 
-    __device__ __forceinline__ explicit Team(int size)
-        : size(size), number((int)threadIdx.x / 32 / size), warp((int)threadIdx.x / 32 % size) {}
+    __device__ __forceinline__ explicit Team(int size) : size(size) {
+        const int own = threadIdx.x / 32;
+        warp = own & (size - 1), number = own >> ((size > 1) + (size > 2) + (size > 4));
+    }
 
     // Among the threads of the team.
     __device__ __forceinline__ int thread() const { return warp * 32 + threadIdx.x % 32; }
@@ -57,64 +59,93 @@ struct Team {
     }
 };
 
-// The tiles of a team's share of all rows, as equal as can be; none goes over a multiple of `unit`.
+// The tiles of a team's share of `units` units of `height` rows each, the last two of a unit as equal as
+// can be. The first `blocks` blocks share all rows.
 struct Walk {
-    int row, last, unit;
+    int unit, row, left, height;  // `left` rows from `row` of `unit` on
 
-    __device__ __forceinline__ Walk(const Team& team, int total, int unit) : unit(unit) {
-        const int teams = gridDim.x * (WARPS / team.size);
-        const int mine = blockIdx.x * (WARPS / team.size) + team.number;
-        row = (int)((long long)total * mine / teams);
-        last = (int)((long long)total * (mine + 1) / teams);
+    __device__ __forceinline__ Walk(const Team& team, int units, int height, int blocks)
+        : height(height) {
+        const int each = WARPS / team.size, teams = blocks * each, total = units * height;
+        const int mine = (int)blockIdx.x * each + team.number;
+        const int share = total / teams, rest = total - share * teams;
+        row = mine < teams ? share * mine + min(mine, rest) : 0;
+        left = mine < teams ? share + (mine < rest) : 0;
+        unit = units > 1 ? row / height : 0;
+        row -= unit * height;
     }
 
     __device__ __forceinline__ Tile next() {
-        if (row >= last) return {last, 0};
-        const int rest = min(last, (row / unit + 1) * unit) - row;
-        const int tiles = (rest + TILE - 1) / TILE, height = (rest + tiles - 1) / tiles;
-        row += height;
-        return {row - height, height};
+        if (row == height) row = 0, unit++;
+        const int rest = min(left, height - row);
+        const int own = rest > TILE && rest < 2 * TILE ? (rest + 1) / 2 : min(rest, TILE);
+        row += own, left -= own;
+        return {unit, row - own, own};
     }
 };
 
-// Weights under way: a lane copies what it will multiply itself, so nobody waits for anybody.
+// Steps of a warp, from `first` to before `end`, of weights with `depth` columns; none where there is
+// nothing more to copy.
+struct Batch {
+    Lines lines;
+    int first, end, depth;
+};
+
+// How many steps a batch has for 8 * N tokens.
+template <int N>
+constexpr int STEPS = N <= 2 ? STAGES : 1;
+
+// Weights under way: a lane copies what it will multiply itself, so nobody waits for anybody. Slots are
+// filled in turns, as many steps ahead as there are slots.
 struct Ring {
     static constexpr int PIECES = WARPS * STAGES * 2 * 32;  // of 16 bytes, for a block
 
     uint4* own;
-    int issued, used;
+    int slot;  // of the coming step, where a batch is one step
 
     __device__ __forceinline__ explicit Ring(uint4* shared)
-        : own(shared + threadIdx.x / 32 * STAGES * 64 + threadIdx.x % 32), issued(0), used(0) {}
+        : own(shared + threadIdx.x / 32 * STAGES * 64 + threadIdx.x % 32), slot(0) {}
 
-    // Start the copies of columns [k, k + 8), or of nothing.
-    __device__ __forceinline__ void issue(const Lines& lines, int k, bool is_there, int depth) {
-        if (is_there) {
-            uint4* const to = own + issued++ % STAGES * 64;
-            copy_async(to, lines.low + k, lines.low && k < depth);
-            copy_async(to + 32, lines.high + k, lines.high && k < depth);
+    // Start the copies of step `first + i` of a batch, whose columns are [k, k + 8), if there is one.
+    __device__ __forceinline__ void issue(int slot, const Batch& batch, int i, int k) {
+        if (batch.first + i < batch.end) {
+            uint4* const to = own + slot * 64;
+            copy_async(to, batch.lines.low + k, batch.lines.low && k < batch.depth);
+            copy_async(to + 32, batch.lines.high + k, batch.lines.high && k < batch.depth);
         }
         close_group();
     }
 
+    // Fill all slots; following() is the next batch.
+    template <int N, typename Column, typename Following>
+    __device__ __forceinline__ void fill(Column column, Following following) {
+#pragma unroll 1
+        for (int slot = 0; slot < STAGES; slot += STEPS<N>) {
+            const Batch batch = following();
+#pragma unroll
+            for (int i = 0; i < STEPS<N>; i++)
+                issue(slot + i, batch, i, column(batch.first + i));
+        }
+    }
+
     // The oldest step under way.
-    __device__ __forceinline__ void take(uint4& low, uint4& high) {
+    __device__ __forceinline__ void take(int slot, uint4& low, uint4& high) const {
         wait_for_group<STAGES - 1>();
-        const uint4* const from = own + used++ % STAGES * 64;
+        const uint4* const from = own + slot * 64;
         low = from[0], high = from[32];
     }
 };
 
-// What a lane asks of its tokens at one time: pieces of `STEPS` steps, zeros behind the last column.
-template <int N, int STEPS>
+// What a lane asks of its tokens at one time: pieces of a batch, zeros behind the last column.
+template <int N>
 struct Tokens {
-    uint4 v[STEPS][N], norm[STEPS];
+    uint4 v[STEPS<N>][N], norm[STEPS<N>];
 
     template <typename Prepare, typename Column>
     __device__ __forceinline__ void load(const bf16* const (&x)[N], int first, int end, int depth,
                                          const Prepare& prepare, Column column) {
 #pragma unroll
-        for (int i = 0; i < STEPS; i++) {
+        for (int i = 0; i < STEPS<N>; i++) {
             const int k = column(first + i);
             const bool inside = first + i < end && k < depth;
             norm[i] = prepare.norm_at(k, inside);
@@ -126,36 +157,40 @@ struct Tokens {
     }
 };
 
-// sum += weights * prepare(tokens) over steps [begin, end), whose columns are column(step); `more`
-// starts the copies of another step.
-template <int N, typename Prepare, typename Column, typename More>
+// sum += weights * prepare(tokens) over steps [begin, end), whose columns are column(step). For every
+// batch that is multiplied another one, following(), is put under way: the code that finds it stands
+// here once, since a kernel that runs for some microseconds must also fetch its instructions.
+template <int N, typename Prepare, typename Column, typename Following>
 __device__ __forceinline__ void multiply(float (&sum)[N][4], Ring& ring, const bf16* const (&x)[N],
                                          int begin, int end, int depth, Prepare& prepare,
-                                         Column column, More more) {
-    constexpr int STEPS = N <= 2 ? 4 : 1;
-    Tokens<N, STEPS> tokens;
+                                         Column column, Following following) {
+    Tokens<N> tokens;
     if (Prepare::AHEAD) tokens.load(x, begin, end, depth, prepare, column);
 #pragma unroll 1
-    for (int first = begin; first < end; first += STEPS) {
-        Tokens<N, STEPS> coming;
+    for (int first = begin; first < end; first += STEPS<N>) {
+        Tokens<N> coming;
         if (Prepare::AHEAD)
-            coming.load(x, first + STEPS, end, depth, prepare, column);
+            coming.load(x, first + STEPS<N>, end, depth, prepare, column);
         else
             tokens.load(x, first, end, depth, prepare, column);
+        const Batch batch = following();
 #pragma unroll
-        for (int i = 0; i < STEPS; i++) {
-            if (first + i >= end) break;
-            uint4 low, high;
-            ring.take(low, high);
-            const int k = column(first + i);
+        for (int i = 0; i < STEPS<N>; i++) {
+            const int slot = STEPS<N> == STAGES ? i : ring.slot;
+            if (first + i < end) {
+                uint4 low, high;
+                ring.take(slot, low, high);
+                const int k = column(first + i);
 #pragma unroll
-            for (int n = 0; n < N; n++) {
-                const uint4 u = prepare(n, tokens.v[i][n], tokens.norm[i], k);
-                mma(sum[n], low.x, high.x, low.y, high.y, u.x, u.y);
-                mma(sum[n], low.z, high.z, low.w, high.w, u.z, u.w);
+                for (int n = 0; n < N; n++) {
+                    const uint4 u = prepare(n, tokens.v[i][n], tokens.norm[i], k);
+                    mma(sum[n], low.x, high.x, low.y, high.y, u.x, u.y);
+                    mma(sum[n], low.z, high.z, low.w, high.w, u.z, u.w);
+                }
             }
-            more();
+            ring.issue(slot, batch, i, column(batch.first + i));
         }
+        if (STEPS<N> < STAGES) ring.slot = (ring.slot + 1) % STAGES;
         if (Prepare::AHEAD) tokens = coming;
     }
 }
@@ -232,7 +267,9 @@ struct Gathered {
     // The norm's factor of a token.
     __device__ __forceinline__ float factor(const Team& team, int token, int depth, float eps) const {
         float sum = 0.f;
-        for (int w = 0; w < team.size; w++) sum += squares[team.number * team.size + w][token];
+#pragma unroll
+        for (int w = 0; w < WARPS; w++)
+            if (w < team.size) sum += squares[team.number * team.size + w][token];
         return rsqrtf(sum / depth + eps);
     }
 
@@ -240,8 +277,9 @@ struct Gathered {
     __device__ __forceinline__ float at(const Team& team, int row, int token) const {
         const int i = row / 8 * 2 + token % 2, lane = row % 8 * 4 + token % 8 / 2;
         float sum = 0.f;
-        for (int w = 0; w < team.size; w++)
-            sum += sums[team.number * team.size + w][token / 8][i][lane];
+#pragma unroll
+        for (int w = 0; w < WARPS; w++)
+            if (w < team.size) sum += sums[team.number * team.size + w][token / 8][i][lane];
         return sum;
     }
 };

@@ -6,6 +6,7 @@ from cascade.kernels.compiler import multiprocessors
 
 WARPS, STAGES, TILE = 8, 4, 16  # as in the .cuh
 RING = WARPS * STAGES * 2 * 32 * 16  # bytes of shared memory for weights under way
+LEAST = 2  # rows of a block: fewer blocks leave room for the next kernel's
 MANY = 5000  # rows of weights from which a third block on a multiprocessor pays, for up to 8 tokens
 
 
@@ -14,7 +15,13 @@ def blocks(device: int, tokens: int, rows: int) -> int:
 
     tokens: that are multiplied at once
     """
-    return (3 if tokens == 8 and rows >= MANY else 2) * multiprocessors(device)
+    most = (3 if tokens == 8 and is_long(rows) else 2) * multiprocessors(device)
+    return min(most, -(-rows // LEAST))
+
+
+def is_long(rows: int) -> bool:
+    """Whether a product has so many rows that a third block pays."""
+    return rows >= MANY
 
 
 def team(blocks: int, rows: int, tokens: int) -> int:

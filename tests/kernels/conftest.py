@@ -53,10 +53,10 @@ def short() -> Any:
     from cascade.kernels.embed_tokens import embed_tokens
     from cascade.kernels.experts_product import experts_pairs_down, experts_pairs_up
     from cascade.kernels.experts_sum import experts_sum
+    from cascade.kernels.experts_up import experts_up
     from cascade.kernels.group_norm import group_norm
     from cascade.kernels.mamba_step import mamba_step
     from cascade.kernels.pick_tokens import pick_tokens
-    from cascade.kernels.route_tokens import route_tokens
     from cascade.kernels.skinny_linear import skinny_linear
     from cascade.kernels.slot_attention import slot_attention
 
@@ -67,10 +67,10 @@ def short() -> Any:
         experts_pairs_down=experts_pairs_down,
         experts_pairs_up=experts_pairs_up,
         experts_sum=experts_sum,
+        experts_up=experts_up,
         group_norm=group_norm,
         mamba_step=mamba_step,
         pick_tokens=pick_tokens,
-        route_tokens=route_tokens,
         skinny_linear=skinny_linear,
         slot_attention=slot_attention,
     )

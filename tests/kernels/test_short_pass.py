@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cascade.kernels import checks, mamba_decode, tile_stream
 from cascade.kernels import reference_decode as reference
-from cascade.kernels.plan import Plan
+from cascade.kernels.plan import Choice, Plan
 
 BF16, F32 = torch.bfloat16, torch.float32
 TOLERANCE = 1.2e-2  # of a relative norm; bf16 rounds to 2e-3, and squares twice that
@@ -279,29 +279,71 @@ def test_slot_attention(
         assert torch.equal(mine.float().nan_to_num(0), its)
 
 
-@pytest.mark.parametrize(("rows", "length", "experts"), [(1, 1, 8), (2, 5, 132), (19, 1, 20)])
-def test_route_tokens(short: Any, device: str, rows: int, length: int, experts: int) -> None:
-    tokens, depth, top_k = rows * length, 264, 3
-    x, norm = normal(tokens, depth, device=device), normal(depth, device=device)
-    router, bias = prefix(experts, depth, device), torch.randn(experts, device=device)
+@pytest.mark.parametrize(
+    ("rows", "length", "experts", "shared"),
+    [(1, 1, 8, 24), (2, 5, 132, 304), (19, 1, 20, 8), (8, 4, 256, 40)],
+)
+def test_experts_are_chosen_on_the_way(
+    short: Any, device: str, rows: int, length: int, experts: int, shared: int
+) -> None:
+    tokens, depth, width, top_k = rows * length, 264, 40, 3
     counts = torch.full((rows,), length, device=device)
     counts[-1] = min(1, length)
-    settings = bias, counts, top_k, True, 2.5
-    plan, again = (Plan.empty(tokens, experts, top_k, torch.device(device)) for _ in range(2))
-    logits = unwritten(tokens, experts, device=device, dtype=F32)
-    wanted = logits.clone()
-    reference.route_tokens(wide(x), wide(norm), 1e-5, wide(router), *settings, wanted, again)
+    choice = Choice(
+        torch.randn(tokens, experts, device=device),
+        torch.randn(experts, device=device),
+        counts,
+        top_k,
+        True,
+        2.5,
+    )
+    plan, expected = (Plan.empty(tokens, experts, top_k, torch.device(device)) for _ in range(2))
+    x, norm = normal(tokens, depth, device=device), normal(depth, device=device)
+    up = normal(experts, width + 8, depth + 16, scale=depth**-0.5, device=device)
+    up, shared_up = up[:, :width, :depth], prefix(shared, depth, device)
+    inner = unwritten(tokens * top_k, width, device=device)
+    dense = unwritten(tokens, shared, device=device)
+    wanted, wanted_dense = wide(inner.clone()), wide(dense.clone())
+    reference.experts_up(
+        wide(x), wide(norm), 1e-5, choice, wide(up), expected, wanted, wide(shared_up), wanted_dense
+    )
     for _ in range(2):
-        short.route_tokens(x, norm, 1e-5, router, *settings, logits, plan)
-    assert_near([logits], [wanted])
-    # Of the same logits the same choice; another rounding may choose otherwise.
-    reference.choose_experts(logits, *settings, again)
-    items, pairs = int(again.counts[0]), int(counts.sum()) * top_k
-    assert torch.equal(plan.counts, again.counts)
-    assert torch.equal(plan.items[:, :items], again.items[:, :items])
-    assert torch.equal(plan.tokens[:pairs], again.tokens[:pairs])
-    torch.testing.assert_close(plan.weights[:pairs], again.weights[:pairs])
-    assert torch.equal(plan.places < 0, again.places < 0)
+        short.experts_pairs_up(x, norm, 1e-5, up, plan, inner, shared_up, dense, choice)
+    items, pairs = int(expected.counts[0]), int(counts.sum()) * top_k
+    assert torch.equal(plan.counts, expected.counts)
+    assert torch.equal(plan.items[:, :items], expected.items[:, :items])
+    assert torch.equal(plan.tokens[:pairs], expected.tokens[:pairs])
+    torch.testing.assert_close(plan.weights[:pairs], expected.weights[:pairs])
+    valid = expected.places >= 0
+    assert torch.equal(plan.places, expected.places)
+    torch.testing.assert_close(plan.shares[valid], expected.shares[valid])
+    assert_near([dense, inner[:pairs]], [wanted_dense, wanted[:pairs]])
+
+
+def test_a_choice_on_the_way_has_its_limits(short: Any, device: str) -> None:
+    tokens, experts, top_k = 32, 32, 9
+    choice = Choice(
+        torch.randn(tokens, experts, device=device),
+        torch.randn(experts, device=device),
+        torch.ones(tokens, dtype=torch.int64, device=device),
+        top_k,
+        True,
+        1.0,
+    )
+    plan = Plan.empty(tokens, experts, top_k, torch.device(device))
+    x, norm = normal(tokens, 32, device=device), normal(32, device=device)
+    up, shared_up = normal(experts, 8, 32, device=device), normal(8, 32, device=device)
+    inner = unwritten(tokens * top_k, 8, device=device)
+    dense = unwritten(tokens, 8, device=device)
+    with pytest.raises(checks.KernelArgumentError, match="tokens times top_k is 288"):
+        short.experts_pairs_up(x, norm, 1e-5, up, plan, inner, shared_up, dense, choice)
+    with pytest.raises(checks.KernelArgumentError, match="go together"):
+        short.experts_pairs_up(x, norm, 1e-5, up, plan, inner, choice=choice)
+    short.experts_up(x, norm, 1e-5, choice, up, plan, inner, shared_up, dense)
+    expected = Plan.empty(tokens, experts, top_k, torch.device(device))
+    reference.choose_experts(*choice, expected)
+    assert torch.equal(plan.counts, expected.counts)
+    assert torch.equal(plan.tokens, expected.tokens)
 
 
 @pytest.mark.parametrize(
@@ -348,10 +390,11 @@ def test_experts(
     inner = unwritten(tokens * top_k, width, device=device)
     dense = unwritten(tokens, shared + 8, device=device)[:, :shared]
     wanted, wanted_dense = wide(inner.clone()), wide(dense.clone())
-    weights = wide(x), wide(norm), 1e-5, wide(up), expected
+    choice = Choice(logits, bias, counts, top_k, True, 2.5)
+    weights = wide(x), wide(norm), 1e-5, choice, wide(up), expected
     reference.experts_up(*weights, wanted, wide(shared_up), wanted_dense)
-    if tokens <= 32:
-        short.experts_pairs_up(x, norm, 1e-5, up, plan, inner, shared_up, dense)
+    if tokens <= 32 and tokens * top_k <= 256:
+        short.experts_pairs_up(x, norm, 1e-5, up, plan, inner, shared_up, dense, choice)
         assert_near([dense, inner[:pairs]], [wanted_dense, wanted[:pairs]])
         assert inner[pairs:].isnan().all()
         inner.fill_(math.nan)
