@@ -64,7 +64,7 @@ __device__ __forceinline__ void choose_for(const Choice& a, int token, unsigned*
     }
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
-        score[i] = 1.f / (1.f + expf(-score[i]));
+        score[i] = __fdividef(1.f, 1.f + __expf(-score[i]));
         key[i] = i * 32 + lane < experts ? ordered(score[i] + __uint_as_float(key[i])) : 0;
     }
     int pick = 0;

@@ -57,7 +57,7 @@ struct View {
     const bf16* weights;
     void* out;         // rows out_stride apart
     const Lists* own;  // or null
-    int expert_stride, row_stride, out_stride, units, width, blocks, team;
+    int expert_stride, row_stride, out_stride, units, width, blocks, early, done, team;
 
     __device__ __forceinline__ int expert(const Arguments& a, int item) const {
         if (OWN) return own ? own->items[item] & 0xff : 0;
@@ -77,15 +77,15 @@ struct View {
     }
 };
 
-template <int N, bool UP, bool OWN>
+template <int N, bool UP, int SLOTS, bool OWN>
 __device__ __forceinline__ void multiply_all(const Arguments& a, const View<OWN>& view,
                                              uint4* shared, Gathered<N>* gathered) {
     const Team team(view.team);
     const int depth = (int)a.depth, g = threadIdx.x % 32 / 4, steps = team.steps(depth);
     const float eps = __int_as_float((int)a.eps);
     const auto column = [&](int step) { return team.column(step); };
-    Ring ring(shared);
-    Walk ahead(team, view.units, view.width, view.blocks);
+    Ring<SLOTS> ring(shared);
+    Walk ahead(team, view.units, view.width, view.blocks, view.early, view.done);
     Tile coming = {0, 0, 0};
     Lines lines = {nullptr, nullptr};
     int next = steps;
@@ -104,9 +104,9 @@ __device__ __forceinline__ void multiply_all(const Arguments& a, const View<OWN>
         }
         return {lines, next, coming.height ? steps : next, depth};
     };
-    ring.fill<N>(column, following);
+    ring.template fill<N>(column, following);
 
-    Walk walk(team, view.units, view.width, view.blocks);
+    Walk walk(team, view.units, view.width, view.blocks, view.early, view.done);
     int turn = 0;
     for (Tile tile = walk.next(); tile.height; tile = walk.next(), turn ^= 1) {
         const int first = view.first(a, tile.unit), pairs = view.pairs(a, tile.unit);
@@ -146,50 +146,53 @@ __device__ __forceinline__ void multiply_all(const Arguments& a, const View<OWN>
 
 // grid = (blocks that share the rows of the shared expert, then those of all items); shared: the ring
 // S: groups of 8 tokens of the shared expert, none for 0
-template <int N, bool UP, int S>
+template <int N, bool UP, int S, int SLOTS>
 __device__ __forceinline__ void product(const Arguments& a) {
     constexpr int MOST_GROUPS = N > S ? N : S;
     __shared__ Gathered<MOST_GROUPS> memory[2];
     extern __shared__ uint4 shared[];
-    View<S != 0> view = {a.weights,          a.out,        nullptr,       (int)a.expert_stride,
-                         (int)a.row_stride,  (int)a.width, 0,             (int)a.width,
-                         (int)gridDim.x,     (int)a.team};
+    const int grid = (int)gridDim.x, team = (int)a.team, width = (int)a.width;
+    View<S != 0> view = {a.weights, a.out, nullptr, (int)a.expert_stride, (int)a.row_stride,
+                         width,     0,     width,   grid,                 0,
+                         0,         team};
     if constexpr (S == 0) {
         wait_for_inputs();
         let_next_start();
         view.units = a.counts[0];
-        multiply_all<N, UP>(a, view, shared, memory);
+        multiply_all<N, UP, SLOTS>(a, view, shared, memory);
     } else {
         // x is older than the router's logits: the kernel that made it has ended before theirs began.
         __shared__ Lists own;
+        const int rows = (int)a.shared_width, early = (int)a.shared_blocks;
         const auto take_experts = [&] {
             wait_for_group<0>();
             __syncthreads();  // `memory` and the ring are the experts' now
             choose_here(a.choice, memory, &own);
-            view = {a.weights,         a.out,        &own,      (int)a.expert_stride,
-                    (int)a.row_stride, (int)a.width, own.count, (int)a.width,
-                    (int)gridDim.x,    (int)a.team};
+            view = {a.weights, a.out,     &own,  (int)a.expert_stride,
+                    (int)a.row_stride,    width, own.count,
+                    width,     grid,      early < grid ? early : 0,
+                    rows / early,         team};
         };
-        view = {a.shared_up,           a.dense,         nullptr,          0,
-                (int)a.shared_stride,  (int)a.dense_stride, 1,            (int)a.shared_width,
-                (int)a.shared_blocks,  (int)a.shared_team};
+        view = {a.shared_up, a.dense, nullptr, 0, (int)a.shared_stride,
+                (int)a.dense_stride,  1,       rows, early,
+                0,           0,       (int)a.shared_team};
         if constexpr (S == N) {
 #pragma unroll 1
             for (int part = 0; part < 2; part++) {
                 if (part) take_experts();
-                multiply_all<N, UP>(a, view, shared, memory);
+                multiply_all<N, UP, SLOTS>(a, view, shared, memory);
             }
         } else {
-            multiply_all<S, UP>(a, view, shared, reinterpret_cast<Gathered<S>*>(memory));
+            multiply_all<S, UP, SLOTS>(a, view, shared, reinterpret_cast<Gathered<S>*>(memory));
             take_experts();
-            multiply_all<N, UP>(a, view, shared, reinterpret_cast<Gathered<N>*>(memory));
+            multiply_all<N, UP, SLOTS>(a, view, shared, reinterpret_cast<Gathered<N>*>(memory));
         }
     }
 }
 
 #define ENTRY(name, N, UP, S, BLOCKS)                                                       \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) name(const Arguments a) { \
-        product<N, UP, S>(a);                                                               \
+        product<N, UP, S, BLOCKS == 3 ? STAGES : 2 * STAGES>(a);                            \
     }
 ENTRY(up_8_shared_8, 1, true, 1, 3)
 ENTRY(up_8_shared_16, 1, true, 2, 2)

@@ -143,5 +143,5 @@ def _launch(
             shared_blocks,
             *(choosing or (0,) * choose_experts.MEMBERS),
         ),
-        tile_stream.RING,
+        tile_stream.RING if at_once == 8 else tile_stream.DEEP_RING,
     )

@@ -50,10 +50,12 @@ struct Plan {
 };
 
 // grid = (blocks that share the channels); shared: the ring, then sums [WARPS, tokens, TILE] fp32
+constexpr int SLOTS = 2 * STAGES;
+
 template <int N>
 __device__ __forceinline__ void down(const Arguments& a) {
     extern __shared__ uint4 shared[];
-    float* const sums = reinterpret_cast<float*>(shared + Ring::PIECES);
+    float* const sums = reinterpret_cast<float*>(shared + Ring<SLOTS>::PIECES);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
     const int tokens = (int)a.tokens, hidden = (int)a.hidden;
     const Team team(WARPS);
@@ -64,7 +66,7 @@ __device__ __forceinline__ void down(const Arguments& a) {
     const int last_step = (int)((long long)plan.total * (warp + 1) / WARPS);
 
     const auto column = [](int step) { return step * STEP + (int)threadIdx.x % 4 * 8; };
-    Ring ring(shared);
+    Ring<SLOTS> ring(shared);
     Walk walk(team, 1, hidden, (int)gridDim.x), ahead = walk;
     Tile coming = ahead.next();
     Piece piece = {false, 0, 0, 0};
@@ -91,7 +93,7 @@ __device__ __forceinline__ void down(const Arguments& a) {
         }
         return {lines, step, piece.end, depth_ahead};
     };
-    ring.fill<N>(column, following);
+    ring.template fill<N>(column, following);
     wait_for_inputs();
     let_next_start();
 

@@ -10,7 +10,7 @@ from cascade.kernels.compiler import Kernel
 from cascade.kernels.plan import Plan
 
 THREADS, WARPS, TILE = 256, 8, 16  # as in the .cu
-LARGEST_SHARED = 227 * 1024 - tile_stream.RING
+LARGEST_SHARED = 227 * 1024 - tile_stream.DEEP_RING
 
 _BF16, _INT32, _FP32 = (torch.bfloat16,), (torch.int32,), (torch.float32,)
 _KERNELS = {
@@ -84,5 +84,5 @@ def experts_sum(
             shared_input,
             held,
         ),
-        tile_stream.RING + sums,
+        tile_stream.DEEP_RING + sums,
     )

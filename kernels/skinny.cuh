@@ -77,11 +77,11 @@ __device__ __forceinline__ void write(const Products& a, int token, int row, flo
 // grid = (blocks that share the rows of all matrices)
 // EARLY: tokens are asked for one batch of columns ahead, which takes registers
 // shared: the ring, then factors [N * 8, groups] where sums are given
-template <int N, Norm NORM, bool EARLY>
+template <int N, Norm NORM, bool EARLY, int SLOTS>
 __device__ __forceinline__ void multiply_all(const Products& a) {
     __shared__ Gathered<N> gathered[2];
     extern __shared__ uint4 shared[];
-    float* const factors = reinterpret_cast<float*>(shared + Ring::PIECES);
+    float* const factors = reinterpret_cast<float*>(shared + Ring<SLOTS>::PIECES);
     const int depth = (int)a.depth, lane = threadIdx.x % 32, g = lane / 4;
     const float eps = __int_as_float((int)a.eps);
     int total = 0;
@@ -95,7 +95,7 @@ __device__ __forceinline__ void multiply_all(const Products& a) {
                                 : team.column(step);
     };
 
-    Ring ring(shared);
+    Ring<SLOTS> ring(shared);
     Walk walk(team, 1, total, (int)gridDim.x), ahead = walk;
     Tile coming = {0, 0, 0};
     Lines lines = {nullptr, nullptr};
@@ -109,7 +109,7 @@ __device__ __forceinline__ void multiply_all(const Products& a) {
         }
         return {lines, first, coming.height ? steps : first, depth};
     };
-    ring.fill<N>(column, following);
+    ring.template fill<N>(column, following);
     wait_for_inputs();
     let_next_start();
 

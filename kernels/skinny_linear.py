@@ -101,6 +101,7 @@ def skinny_linear(
     team = WARPS if mode == "warpwise" else tile_stream.team(blocks, sum(rows), width)
     is_short = mode == "whole" and width == 8 and not tile_stream.is_long(sum(rows))
     kernel = _SHORT if is_short else _KERNELS[mode, width]
+    ring = tile_stream.RING if kernel is _KERNELS["whole", 8] else tile_stream.DEEP_RING
     kernel.launch(
         device,
         (blocks, 1, 1),
@@ -123,5 +124,5 @@ def skinny_linear(
             checks.float_bits(eps),
             team,
         ),
-        tile_stream.RING + (4 * width * groups if mode == "given" else 0),
+        ring + (4 * width * groups if mode == "given" else 0),
     )

@@ -14,7 +14,8 @@
 
 constexpr int TILE = 16;   // rows of weights
 constexpr int STEP = 32;   // columns of two mma
-constexpr int STAGES = 4;  // steps of weights under way, for each warp
+constexpr int STAGES = 4;  // steps of weights under way, for each warp, where three blocks are on a
+                           // multiprocessor, and twice as many where two are
 constexpr int WARPS = 8;
 constexpr int THREADS = 32 * WARPS;
 
@@ -60,17 +61,23 @@ struct Team {
 };
 
 // The tiles of a team's share of `units` units of `height` rows each, the last two of a unit as equal as
-// can be. The first `blocks` blocks share all rows.
+// can be. The first `blocks` blocks share all rows; of these the first `early` have gone through `done`
+// rows each before, and get as many fewer.
 struct Walk {
     int unit, row, left, height;  // `left` rows from `row` of `unit` on
 
-    __device__ __forceinline__ Walk(const Team& team, int units, int height, int blocks)
+    __device__ __forceinline__ Walk(const Team& team, int units, int height, int blocks, int early = 0,
+                                    int done = 0)
         : height(height) {
-        const int each = WARPS / team.size, teams = blocks * each, total = units * height;
-        const int mine = (int)blockIdx.x * each + team.number;
-        const int share = total / teams, rest = total - share * teams;
-        row = mine < teams ? share * mine + min(mine, rest) : 0;
-        left = mine < teams ? share + (mine < rest) : 0;
+        const int each = WARPS / team.size, total = units * height;
+        const int fewer = early ? max((total + early * done) / blocks - done, 0) / each : 0;
+        const int mine = (int)blockIdx.x * each + team.number, late = mine - early * each;
+        const int teams = (blocks - early) * each, others = total - early * each * fewer;
+        const int share = others / teams, rest = others - share * teams;
+        const bool is_there = mine < blocks * each;
+        row = late < 0 ? mine * fewer : early * each * fewer + late * share + min(late, rest);
+        left = !is_there ? 0 : late < 0 ? fewer : share + (late < rest);
+        if (!is_there) row = 0;
         unit = units > 1 ? row / height : 0;
         row -= unit * height;
     }
@@ -95,16 +102,17 @@ struct Batch {
 template <int N>
 constexpr int STEPS = N <= 2 ? STAGES : 1;
 
-// Weights under way: a lane copies what it will multiply itself, so nobody waits for anybody. Slots are
-// filled in turns, as many steps ahead as there are slots.
+// Weights under way: a lane copies what it will multiply itself, so nobody waits for anybody. SLOTS are
+// filled in turns, as many steps ahead.
+template <int SLOTS>
 struct Ring {
-    static constexpr int PIECES = WARPS * STAGES * 2 * 32;  // of 16 bytes, for a block
+    static constexpr int PIECES = WARPS * SLOTS * 2 * 32;  // of 16 bytes, for a block
 
     uint4* own;
-    int slot;  // of the coming step, where a batch is one step
+    int slot;  // of the coming batch
 
     __device__ __forceinline__ explicit Ring(uint4* shared)
-        : own(shared + threadIdx.x / 32 * STAGES * 64 + threadIdx.x % 32), slot(0) {}
+        : own(shared + threadIdx.x / 32 * SLOTS * 64 + threadIdx.x % 32), slot(0) {}
 
     // Start the copies of step `first + i` of a batch, whose columns are [k, k + 8), if there is one.
     __device__ __forceinline__ void issue(int slot, const Batch& batch, int i, int k) {
@@ -120,7 +128,7 @@ struct Ring {
     template <int N, typename Column, typename Following>
     __device__ __forceinline__ void fill(Column column, Following following) {
 #pragma unroll 1
-        for (int slot = 0; slot < STAGES; slot += STEPS<N>) {
+        for (int slot = 0; slot < SLOTS; slot += STEPS<N>) {
             const Batch batch = following();
 #pragma unroll
             for (int i = 0; i < STEPS<N>; i++)
@@ -130,7 +138,7 @@ struct Ring {
 
     // The oldest step under way.
     __device__ __forceinline__ void take(int slot, uint4& low, uint4& high) const {
-        wait_for_group<STAGES - 1>();
+        wait_for_group<SLOTS - 1>();
         const uint4* const from = own + slot * 64;
         low = from[0], high = from[32];
     }
@@ -160,9 +168,9 @@ struct Tokens {
 // sum += weights * prepare(tokens) over steps [begin, end), whose columns are column(step). For every
 // batch that is multiplied another one, following(), is put under way: the code that finds it stands
 // here once, since a kernel that runs for some microseconds must also fetch its instructions.
-template <int N, typename Prepare, typename Column, typename Following>
-__device__ __forceinline__ void multiply(float (&sum)[N][4], Ring& ring, const bf16* const (&x)[N],
-                                         int begin, int end, int depth, Prepare& prepare,
+template <int N, int SLOTS, typename Prepare, typename Column, typename Following>
+__device__ __forceinline__ void multiply(float (&sum)[N][4], Ring<SLOTS>& ring,
+                                         const bf16* const (&x)[N], int begin, int end, int depth, Prepare& prepare,
                                          Column column, Following following) {
     Tokens<N> tokens;
     if (Prepare::AHEAD) tokens.load(x, begin, end, depth, prepare, column);
@@ -176,7 +184,7 @@ __device__ __forceinline__ void multiply(float (&sum)[N][4], Ring& ring, const b
         const Batch batch = following();
 #pragma unroll
         for (int i = 0; i < STEPS<N>; i++) {
-            const int slot = STEPS<N> == STAGES ? i : ring.slot;
+            const int slot = STEPS<N> == SLOTS ? i : ring.slot + i;
             if (first + i < end) {
                 uint4 low, high;
                 ring.take(slot, low, high);
@@ -190,7 +198,7 @@ __device__ __forceinline__ void multiply(float (&sum)[N][4], Ring& ring, const b
             }
             ring.issue(slot, batch, i, column(batch.first + i));
         }
-        if (STEPS<N> < STAGES) ring.slot = (ring.slot + 1) % STAGES;
+        if (STEPS<N> < SLOTS) ring.slot = (ring.slot + STEPS<N>) % SLOTS;
         if (Prepare::AHEAD) tokens = coming;
     }
 }

@@ -5,7 +5,8 @@ from __future__ import annotations
 from cascade.kernels.compiler import multiprocessors
 
 WARPS, STAGES, TILE = 8, 4, 16  # as in the .cuh
-RING = WARPS * STAGES * 2 * 32 * 16  # bytes of shared memory for weights under way
+RING = WARPS * STAGES * 2 * 32 * 16  # bytes for weights under way, of one of three blocks
+DEEP_RING = 2 * RING  # of one of two
 LEAST = 2  # rows of a block: fewer blocks leave room for the next kernel's
 MANY = 5000  # rows of weights from which a third block on a multiprocessor pays, for up to 8 tokens
 

@@ -279,13 +279,22 @@ def test_slot_attention(
         assert torch.equal(mine.float().nan_to_num(0), its)
 
 
+@pytest.mark.parametrize("many", [8, tile_stream.MANY])  # rows from which a third block pays
 @pytest.mark.parametrize(
     ("rows", "length", "experts", "shared"),
     [(1, 1, 8, 24), (2, 5, 132, 304), (19, 1, 20, 8), (8, 4, 256, 40)],
 )
 def test_experts_are_chosen_on_the_way(
-    short: Any, device: str, rows: int, length: int, experts: int, shared: int
+    short: Any,
+    device: str,
+    rows: int,
+    length: int,
+    experts: int,
+    shared: int,
+    many: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(tile_stream, "MANY", many)
     tokens, depth, width, top_k = rows * length, 264, 40, 3
     counts = torch.full((rows,), length, device=device)
     counts[-1] = min(1, length)
