@@ -247,9 +247,7 @@ def _moe(
     choice = Choice(
         b.router, w.router_bias, table.counts, arch.top_k, arch.normalise, arch.routed_scale
     )
-    kernels.experts_up(
-        b.hidden, norm, arch.eps, choice, w.up, plan, b.routed, w.shared.up, b.dense
-    )
+    kernels.experts_up(b.hidden, norm, arch.eps, choice, w.up, plan, b.routed, w.shared.up, b.dense)
     kernels.experts_down(b.hidden, b.routed, w.down, plan, b.dense, w.shared.down)
 
 

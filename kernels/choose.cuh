@@ -105,6 +105,18 @@ struct Lists {
     unsigned char token[MOST];  // of a pair
 };
 
+// The same lists where there is one token: its experts in ascending order.
+__device__ __forceinline__ void list_one(const Choice& a, const int* picks, Lists* own) {
+    const int top_k = (int)a.top_k, thread = threadIdx.x;
+    if (thread == 0) own->count = picks[0] < 0 ? 0 : top_k;
+    if (thread >= top_k) return;
+    int place = 0;
+#pragma unroll 1
+    for (int i = 0; i < top_k; i++) place += picks[i] < picks[thread];
+    own->items[place] = picks[thread] | 1 << 8 | place << 16;
+    own->token[place] = 0;
+}
+
 // The lists, by a block of MOST threads, from the bits of all tokens: those that the block keeps,
 // unless there are none, and those of `a`, if it writes them. pairs_before: [MOST], scratch
 __device__ __forceinline__ void make_lists(const Choice& a, const unsigned* bits, const int* picks,

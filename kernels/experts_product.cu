@@ -27,14 +27,14 @@ __device__ __forceinline__ bf16 activated(float x) {
     return (bf16)narrow(relu_squared(widen((bf16)narrow(x))));
 }
 
-// Wait for the logits and choose, into lists of this block's own. Block 0 writes those of all before the
-// next kernel may start, which therefore may read them before it waits.
+// Wait for the logits and choose, into lists of this block's own. The last block, which has the least to
+// do before, writes those of all before the next kernel may start; that may read them before it waits.
 __device__ __forceinline__ void choose_here(const Choice& choice, void* scratch, Lists* own) {
     unsigned* const bits = static_cast<unsigned*>(scratch);
     int* const picks = reinterpret_cast<int*>(bits + MOST);
     int* const pairs_before = picks + MOST;
     float* const shares = reinterpret_cast<float*>(pairs_before + MOST);
-    const bool writes = blockIdx.x == 0;
+    const bool writes = blockIdx.x == gridDim.x - 1;
     bits[threadIdx.x] = 0;
     wait_for_inputs();
     if (!writes) let_next_start();
@@ -43,7 +43,10 @@ __device__ __forceinline__ void choose_here(const Choice& choice, void* scratch,
     for (int token = threadIdx.x / 32; token < choice.tokens; token += WARPS)
         choose_for(choice, token, bits, picks, shares);
     __syncthreads();
-    make_lists(choice, bits, picks, shares, pairs_before, own, writes);
+    if (choice.tokens == 1 && !writes)
+        list_one(choice, picks, own);
+    else
+        make_lists(choice, bits, picks, shares, pairs_before, own, writes);
     if (writes) __threadfence();
     __syncthreads();
     if (writes) let_next_start();

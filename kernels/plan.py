@@ -13,7 +13,7 @@ class Choice(NamedTuple):
 
     logits:    [n, E] fp32 of the router; bias: [E] fp32, added to the scores for the choice alone
     counts:    [R], tokens that count of each row; the others choose none
-    normalise: whether a token's weights are divided by their sum; scale: what they are multiplied by
+    normalise: whether a token's weights are divided by their sum; scale: their factor
     """
 
     logits: Tensor

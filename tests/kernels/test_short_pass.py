@@ -329,6 +329,27 @@ def test_experts_are_chosen_on_the_way(
     assert_near([dense, inner[:pairs]], [wanted_dense, wanted[:pairs]])
 
 
+def test_a_token_that_does_not_count_chooses_no_expert(short: Any, device: str) -> None:
+    experts, depth, top_k = 8, 72, 2
+    choice = Choice(
+        torch.randn(1, experts, device=device),
+        torch.randn(experts, device=device),
+        torch.zeros(1, dtype=torch.int64, device=device),
+        top_k,
+        True,
+        1.0,
+    )
+    plan = Plan.empty(1, experts, top_k, torch.device(device))
+    x, norm = normal(1, depth, device=device), normal(depth, device=device)
+    up, shared_up = normal(experts, 16, depth, device=device), prefix(24, depth, device)
+    inner, dense = unwritten(top_k, 16, device=device), unwritten(1, 24, device=device)
+    short.experts_pairs_up(x, norm, 1e-5, up, plan, inner, shared_up, dense, choice)
+    assert plan.counts.tolist() == [0, 0]
+    assert plan.places.tolist() == [-1, -1]
+    assert inner.isnan().all()
+    assert dense.isfinite().all()
+
+
 def test_a_choice_on_the_way_has_its_limits(short: Any, device: str) -> None:
     tokens, experts, top_k = 32, 32, 9
     choice = Choice(
