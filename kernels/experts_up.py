@@ -1,4 +1,4 @@
-"""The first half of the experts: choice and shared expert in the same launch where tokens are few."""
+"""The first half of the experts; the choice in the same launch where tokens are few."""
 
 from __future__ import annotations
 

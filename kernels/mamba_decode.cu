@@ -22,13 +22,12 @@ struct Channels {
 #pragma unroll
         for (int k = 0; k < TAPS; k++) first[k] = taps[k], second[k] = taps[TAPS + k];
         bias = a.conv_bias ? two(a.conv_bias + channel) : float2{0.f, 0.f};
+        const bf16* const entries = a.inputs + row.source * a.entries_held * channels + channel;
+        const bf16* const before = a.window + (row.slot + 1) * (TAPS - 1) * channels + channel;
 #pragma unroll
         for (int k = 0; k < TAPS - 1; k++) {
             const int at = row.old - (TAPS - 1) + k;  // an entry, or before the first one
-            const bf16* const from =
-                at >= 0 ? a.inputs + (row.source * a.entries_held + at) * channels
-                        : a.window + (row.slot * (TAPS - 1) + TAPS - 1 + at) * channels;
-            history[k] = two(from + channel);
+            history[k] = two((at >= 0 ? entries : before) + at * channels);
         }
     }
 
