@@ -46,7 +46,7 @@ def experts_pairs_up(
     pairs, width = plan.tokens.numel(), up.shape[1]
     target = checks.array("inner", inner, _BF16, (pairs, width))
     if shared_up is None or dense is None or choice is None:
-        if not (shared_up is dense is choice is None):
+        if any(given is not None for given in (shared_up, dense, choice)):
             raise checks.KernelArgumentError("shared_up, dense and choice go together")
         _launch("up", x, up, plan, target, scale, eps, (0, 0, 0, 0, 0), (), norm, inner)
         return
