@@ -155,31 +155,29 @@ __device__ __forceinline__ void product(const Arguments& a) {
     constexpr int MOST_GROUPS = N > S ? N : S;
     __shared__ Gathered<MOST_GROUPS> memory[2];
     extern __shared__ uint4 shared[];
-    const int grid = (int)gridDim.x, team = (int)a.team, width = (int)a.width;
-    View<S != 0> view = {a.weights, a.out, nullptr, (int)a.expert_stride, (int)a.row_stride,
-                         width,     0,     width,   grid,                 0,
-                         0,         team};
+    // The experts of `units` items; the first `early` blocks have done `done` rows before.
+    const auto experts = [&](const Lists* own, int units, int early, int done) -> View<S != 0> {
+        return {a.weights,    a.out, own,          (int)a.expert_stride, (int)a.row_stride, (int)a.width,
+                units,        (int)a.width,        (int)gridDim.x,       early,             done,
+                (int)a.team};
+    };
     if constexpr (S == 0) {
         wait_for_inputs();
         let_next_start();
-        view.units = a.counts[0];
-        multiply_all<N, UP, SLOTS>(a, view, shared, memory);
+        multiply_all<N, UP, SLOTS>(a, experts(nullptr, a.counts[0], 0, 0), shared, memory);
     } else {
         // x is older than the router's logits: the kernel that made it has ended before theirs began.
         __shared__ Lists own;
-        const int rows = (int)a.shared_width, early = (int)a.shared_blocks;
+        const int rows = (int)a.shared_width, blocks = (int)a.shared_blocks;
+        View<true> view = {a.shared_up, a.dense, nullptr, 0,      (int)a.shared_stride, (int)a.dense_stride,
+                           1,           rows,    blocks,  0,      0,
+                           (int)a.shared_team};
         const auto take_experts = [&] {
             wait_for_group<0>();
             __syncthreads();  // `memory` and the ring are the experts' now
             choose_here(a.choice, memory, &own);
-            view = {a.weights, a.out,     &own,  (int)a.expert_stride,
-                    (int)a.row_stride,    width, own.count,
-                    width,     grid,      early < grid ? early : 0,
-                    rows / early,         team};
+            view = experts(&own, own.count, blocks < gridDim.x ? blocks : 0, rows / blocks);
         };
-        view = {a.shared_up, a.dense, nullptr, 0, (int)a.shared_stride,
-                (int)a.dense_stride,  1,       rows, early,
-                0,           0,       (int)a.shared_team};
         if constexpr (S == N) {
 #pragma unroll 1
             for (int part = 0; part < 2; part++) {

@@ -52,6 +52,7 @@ def experts_pairs_up(
         return
     tokens, rows = x.shape[0], shared_up.shape[0]
     checks.within("the number of tokens", tokens, 0, SHARED_WIDTHS[-1])
+    checks.within("the width of the shared expert", rows, 1, 2**31 - 1)
     checks.within("tokens times top_k", tokens * choice.top_k, 0, MOST_PICKS)
     checks.within("the number of logits", choice.logits.shape[0], tokens, tokens)
     source, stride = checks.strided("shared_up", shared_up, _BF16, (rows, depth))

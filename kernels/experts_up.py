@@ -25,8 +25,8 @@ def experts_up(
 
     x must be older than the logits: few tokens of it are read before the logits are waited for.
     """
-    tokens = x.shape[0]
-    if tokens <= SHARED_WIDTHS[-1] and tokens * choice.top_k <= MOST_PICKS:
+    tokens, shared = x.shape[0], shared_up.shape[0]
+    if shared and tokens <= SHARED_WIDTHS[-1] and tokens * choice.top_k <= MOST_PICKS:
         experts_pairs_up(x, norm, eps, up, plan, inner, shared_up, dense, choice)
         return
     choose_experts(*choice, plan)

@@ -174,8 +174,8 @@ struct Tokens {
 // tokens until behind the branches (look at the machine code), zeros are multiplied instead.
 template <bool SKIPS, int N, int SLOTS, typename Prepare, typename Column, typename Following>
 __device__ __forceinline__ void multiply(float (&sum)[N][4], Ring<SLOTS>& ring,
-                                         const bf16* const (&x)[N], int begin, int end, int depth, Prepare& prepare,
-                                         Column column, Following following) {
+                                         const bf16* const (&x)[N], int begin, int end, int depth,
+                                         Prepare& prepare, Column column, Following following) {
     Tokens<N> tokens;
     if (Prepare::AHEAD) tokens.load(x, begin, end, depth, prepare, column);
 #pragma unroll 1

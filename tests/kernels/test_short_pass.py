@@ -367,6 +367,10 @@ def test_a_choice_on_the_way_has_its_limits(short: Any, device: str) -> None:
     dense = unwritten(tokens, 8, device=device)
     with pytest.raises(checks.KernelArgumentError, match="tokens times top_k is 288"):
         short.experts_pairs_up(x, norm, 1e-5, up, plan, inner, shared_up, dense, choice)
+    with pytest.raises(checks.KernelArgumentError, match="width of the shared expert is 0"):
+        few = choice._replace(top_k=2)
+        none = shared_up[:0], dense[:, :0]
+        short.experts_pairs_up(x, norm, 1e-5, up, plan, inner, *none, few)
     with pytest.raises(checks.KernelArgumentError, match="go together"):
         short.experts_pairs_up(x, norm, 1e-5, up, plan, inner, choice=choice)
     short.experts_up(x, norm, 1e-5, choice, up, plan, inner, shared_up, dense)
@@ -374,6 +378,15 @@ def test_a_choice_on_the_way_has_its_limits(short: Any, device: str) -> None:
     reference.choose_experts(*choice, expected)
     assert torch.equal(plan.counts, expected.counts)
     assert torch.equal(plan.tokens, expected.tokens)
+
+    # Without a shared expert.
+    choice = choice._replace(logits=choice.logits[:3], counts=choice.counts[:3], top_k=2)
+    plan, expected = (Plan.empty(3, experts, 2, torch.device(device)) for _ in range(2))
+    none = shared_up[:0], dense[:3, :0]
+    short.experts_up(x[:3], norm, 1e-5, choice, up, plan, inner[:6], *none)
+    reference.choose_experts(*choice, expected)
+    assert torch.equal(plan.counts, expected.counts)
+    assert inner[:6].isfinite().all()
 
 
 @pytest.mark.parametrize(
