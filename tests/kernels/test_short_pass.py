@@ -367,9 +367,8 @@ def test_a_choice_on_the_way_has_its_limits(short: Any, device: str) -> None:
     dense = unwritten(tokens, 8, device=device)
     with pytest.raises(checks.KernelArgumentError, match="tokens times top_k is 288"):
         short.experts_pairs_up(x, norm, 1e-5, up, plan, inner, shared_up, dense, choice)
+    few, none = choice._replace(top_k=2), (shared_up[:0], dense[:, :0])
     with pytest.raises(checks.KernelArgumentError, match="width of the shared expert is 0"):
-        few = choice._replace(top_k=2)
-        none = shared_up[:0], dense[:, :0]
         short.experts_pairs_up(x, norm, 1e-5, up, plan, inner, *none, few)
     with pytest.raises(checks.KernelArgumentError, match="go together"):
         short.experts_pairs_up(x, norm, 1e-5, up, plan, inner, choice=choice)
