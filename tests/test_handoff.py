@@ -82,7 +82,7 @@ def shuffled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_command_line_recommends_a_draft_cache_of_its_own(shuffled: Path) -> None:
-    arguments = ["audit", "--handoff", "--json", "--model", str(shuffled), *nano_prompts(1)]
+    arguments = ["audit", "--handoff", "--json", "--model", str(shuffled), *nano_prompts(8)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     facts = json.loads(result.output)
