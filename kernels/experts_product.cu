@@ -87,7 +87,6 @@ __device__ __forceinline__ void multiply_all(const Arguments& a, const View<OWN>
     const int depth = (int)a.depth, g = threadIdx.x % 32 / 4, steps = team.steps(depth);
     const float eps = __int_as_float((int)a.eps);
     const auto column = [&](int step) { return team.column(step); };
-    constexpr bool SKIPS = SLOTS == STAGES;
     Ring<SLOTS> ring(shared);
     Walk ahead(team, view.units, view.width, view.blocks, view.early, view.done);
     Tile coming = {0, 0, 0};
@@ -108,7 +107,7 @@ __device__ __forceinline__ void multiply_all(const Arguments& a, const View<OWN>
         }
         return {lines, next, coming.height ? steps : next, depth};
     };
-    ring.template fill<N, SKIPS>(column, following);
+    ring.template fill<N>(column, following);
 
     Walk walk(team, view.units, view.width, view.blocks, view.early, view.done);
     int turn = 0;
@@ -125,11 +124,11 @@ __device__ __forceinline__ void multiply_all(const Arguments& a, const View<OWN>
         float sum[N][4] = {};
         if constexpr (UP) {
             Normed<N> normed(a.norm);
-            multiply<SKIPS>(sum, ring, x, 0, steps, depth, normed, column, following);
+            multiply(sum, ring, x, 0, steps, depth, normed, column, following);
             gathered[turn].put_squares(normed.squares);
         } else {
             Plain plain;
-            multiply<SKIPS>(sum, ring, x, 0, steps, depth, plain, column, following);
+            multiply(sum, ring, x, 0, steps, depth, plain, column, following);
         }
         gathered[turn].put(sum);
         team.meet();

@@ -93,7 +93,7 @@ __device__ __forceinline__ void down(const Arguments& a) {
         }
         return {lines, step, piece.end, depth_ahead};
     };
-    ring.template fill<N, true>(column, following);
+    ring.template fill<N>(column, following);
     wait_for_inputs();
     let_next_start();
 
@@ -114,7 +114,7 @@ __device__ __forceinline__ void down(const Arguments& a) {
                 x[n] = n * 8 + g < count ? source + (first + n * 8 + g) * stride : nullptr;
             float sum[N][4] = {};
             Plain plain;
-            multiply<true>(sum, ring, x, now.begin, now.end, depth, plain, column, following);
+            multiply(sum, ring, x, now.begin, now.end, depth, plain, column, following);
 #pragma unroll
             for (int n = 0; n < N; n++)
 #pragma unroll

@@ -12,25 +12,6 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool is_t
                  : "memory");
 }
 
-// 16 bytes, or zeros. The compiler must not put such a load off until its value is used: those of several
-// places are one way to memory and back only if they are all asked for first.
-__device__ __forceinline__ uint4 load_now(const void* from, bool is_there) {
-    uint4 v;
-    asm volatile(
-        "{\n"
-        "    .reg .pred p;\n"
-        "    setp.ne.u32 p, %5, 0;\n"
-        "    mov.u32 %0, 0;\n"
-        "    mov.u32 %1, 0;\n"
-        "    mov.u32 %2, 0;\n"
-        "    mov.u32 %3, 0;\n"
-        "    @p ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n"
-        "}"
-        : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
-        : "l"(from), "r"((unsigned)is_there));
-    return v;
-}
-
 // Close a group of copies.
 __device__ __forceinline__ void close_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

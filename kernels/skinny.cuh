@@ -109,7 +109,7 @@ __device__ __forceinline__ void multiply_all(const Products& a) {
         }
         return {lines, first, coming.height ? steps : first, depth};
     };
-    ring.template fill<N, true>(column, following);
+    ring.template fill<N>(column, following);
     wait_for_inputs();
     let_next_start();
 
@@ -134,13 +134,13 @@ __device__ __forceinline__ void multiply_all(const Products& a) {
         float sum[N][4] = {};
         if constexpr (NORM == NONE) {
             Plain plain;
-            multiply<true>(sum, ring, x, 0, steps, depth, plain, column, following);
+            multiply(sum, ring, x, 0, steps, depth, plain, column, following);
         } else if constexpr (NORM == GIVEN) {
             Grouped<N> grouped{a.norm, factors, (int)a.groups, depth / (int)a.groups};
-            multiply<true>(sum, ring, x, 0, steps, depth, grouped, column, following);
+            multiply(sum, ring, x, 0, steps, depth, grouped, column, following);
         } else {
             Normed<N, EARLY> normed(a.norm);
-            multiply<true>(sum, ring, x, 0, steps, depth, normed, column, following);
+            multiply(sum, ring, x, 0, steps, depth, normed, column, following);
             if constexpr (NORM == WHOLE) gathered[turn].put_squares(normed.squares);
             if constexpr (NORM == WARPWISE) {
 #pragma unroll

@@ -114,28 +114,25 @@ struct Ring {
     __device__ __forceinline__ explicit Ring(uint4* shared)
         : own(shared + threadIdx.x / 32 * SLOTS * 64 + threadIdx.x % 32), slot(0) {}
 
-    // Start the copies of step `first + i` of a batch, whose columns are [k, k + 8). Where there is no such
-    // step, copy zeros, or nothing if SKIPS.
-    template <bool SKIPS>
+    // Start the copies of step `first + i` of a batch, whose columns are [k, k + 8), if there is one.
     __device__ __forceinline__ void issue(int slot, const Batch& batch, int i, int k) {
-        const bool is_there = batch.first + i < batch.end, inside = is_there && k < batch.depth;
-        if (is_there || !SKIPS) {
+        if (batch.first + i < batch.end) {
             uint4* const to = own + slot * 64;
-            copy_async(to, batch.lines.low + k, inside && batch.lines.low);
-            copy_async(to + 32, batch.lines.high + k, inside && batch.lines.high);
+            copy_async(to, batch.lines.low + k, batch.lines.low && k < batch.depth);
+            copy_async(to + 32, batch.lines.high + k, batch.lines.high && k < batch.depth);
         }
         close_group();
     }
 
     // Fill all slots; following() is the next batch.
-    template <int N, bool SKIPS, typename Column, typename Following>
+    template <int N, typename Column, typename Following>
     __device__ __forceinline__ void fill(Column column, Following following) {
 #pragma unroll 1
         for (int slot = 0; slot < SLOTS; slot += STEPS<N>) {
             const Batch batch = following();
 #pragma unroll
             for (int i = 0; i < STEPS<N>; i++)
-                issue<SKIPS>(slot + i, batch, i, column(batch.first + i));
+                issue(slot + i, batch, i, column(batch.first + i));
         }
     }
 
@@ -162,7 +159,8 @@ struct Tokens {
             norm[i] = prepare.norm_at(k, inside);
 #pragma unroll
             for (int n = 0; n < N; n++)
-                v[i][n] = load_now(x[n] + k, inside && x[n]);
+                v[i][n] = inside && x[n] ? *reinterpret_cast<const uint4*>(x[n] + k)
+                                         : make_uint4(0, 0, 0, 0);
         }
     }
 };
@@ -170,9 +168,7 @@ struct Tokens {
 // sum += weights * prepare(tokens) over steps [begin, end), whose columns are column(step). For every
 // batch that is multiplied another one, following(), is put under way: the code that finds it stands
 // here once, since a kernel that runs for some microseconds must also fetch its instructions.
-// SKIPS: whether steps behind the last are branched over. Where that makes the compiler put off the loads of
-// tokens until behind the branches (look at the machine code), zeros are multiplied instead.
-template <bool SKIPS, int N, int SLOTS, typename Prepare, typename Column, typename Following>
+template <int N, int SLOTS, typename Prepare, typename Column, typename Following>
 __device__ __forceinline__ void multiply(float (&sum)[N][4], Ring<SLOTS>& ring,
                                          const bf16* const (&x)[N], int begin, int end, int depth,
                                          Prepare& prepare, Column column, Following following) {
@@ -185,11 +181,14 @@ __device__ __forceinline__ void multiply(float (&sum)[N][4], Ring<SLOTS>& ring,
             coming.load(x, first + STEPS<N>, end, depth, prepare, column);
         else
             tokens.load(x, first, end, depth, prepare, column);
+        // All tokens of the batch are asked for before any is waited for: without this the compiler puts
+        // each step's loads behind the branch before it.
+        __syncwarp();
         const Batch batch = following();
 #pragma unroll
         for (int i = 0; i < STEPS<N>; i++) {
             const int slot = STEPS<N> == SLOTS ? i : ring.slot + i;
-            if (first + i < end || !SKIPS) {
+            if (first + i < end) {
                 uint4 low, high;
                 ring.take(slot, low, high);
                 const int k = column(first + i);
@@ -200,7 +199,7 @@ __device__ __forceinline__ void multiply(float (&sum)[N][4], Ring<SLOTS>& ring,
                     mma(sum[n], low.z, high.z, low.w, high.w, u.z, u.w);
                 }
             }
-            ring.template issue<SKIPS>(slot, batch, i, column(batch.first + i));
+            ring.issue(slot, batch, i, column(batch.first + i));
         }
         if (STEPS<N> < SLOTS) ring.slot = (ring.slot + STEPS<N>) % SLOTS;
         if (Prepare::AHEAD) tokens = coming;
@@ -218,7 +217,7 @@ struct Plain {
 };
 
 __device__ __forceinline__ uint4 load_norm(const bf16* norm, int k, bool inside) {
-    return load_now(norm + k, inside);
+    return inside ? *reinterpret_cast<const uint4*>(norm + k) : make_uint4(0, 0, 0, 0);
 }
 
 // Tokens times the norm's weight; their squares are summed on the way, for a factor at the end.

@@ -189,9 +189,6 @@ inline void copy_async(void* to, const void* from, bool is_there) {
     else
         memset(to, 0, 16);
 }
-inline uint4 load_now(const void* from, bool is_there) {
-    return is_there ? *static_cast<const uint4*>(from) : uint4{0, 0, 0, 0};
-}
 inline void close_group() {}
 template <int N>
 inline void wait_for_group() {}
