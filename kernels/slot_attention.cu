@@ -103,12 +103,6 @@ __device__ __forceinline__ void attend(const Arguments& a) {
 #pragma unroll 1
         for (int i = threadIdx.x; i < group * D; i += THREADS) out[i] = 0;
     if (!usable || split >= busy) return;
-    if (split == 0)
-#pragma unroll 1
-        for (int i = threadIdx.x; i < D; i += THREADS) {
-            keys[(start + t) * kv_width + i] = fresh_keys[t * a.stride + i];
-            values[(start + t) * kv_width + i] = fresh_values[t * a.stride + i];
-        }
 
     uint4 low[READS], high[READS];
     const bf16* const query = a.query + token * a.stride + head * group * D;
@@ -182,6 +176,13 @@ __device__ __forceinline__ void attend(const Arguments& a) {
         __syncwarp();
     }
 
+    // This pass reads the new keys and values from where they are now; the next one from the cache.
+    if (split == 0)
+#pragma unroll 1
+        for (int i = threadIdx.x; i < D; i += THREADS) {
+            keys[(start + t) * kv_width + i] = fresh_keys[t * a.stride + i];
+            values[(start + t) * kv_width + i] = fresh_values[t * a.stride + i];
+        }
     if (t4 == 0)
 #pragma unroll
         for (int side = 0; side < 2; side++) {
