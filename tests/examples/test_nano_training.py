@@ -70,14 +70,14 @@ def test_no_document_is_held_out_and_its_reply_is_marked() -> None:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a few seconds, and a second one that goes on from it."""
     out = tmp_path_factory.mktemp("nano")
-    for seconds in (2, 4):
+    for seconds in (3, 8):  # of which a busy machine may take one or two a step
         command = [
             sys.executable, str(EXAMPLES / "train_nano.py"), "--preset", "tiny", "--device", "cpu",
             "--rows", "2", "--workers", "0", "--minutes", str(seconds / 60), "--out", str(out),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr
-        if seconds == 4:
+        if seconds == 8:
             assert "going on at step" in done.stdout
     return out
 
@@ -87,7 +87,7 @@ def test_training_writes_a_nested_checkpoint(tiny: Path) -> None:
     assert list(model.slices) == ["small", "medium", "large"]
     assert all(spec.trained for spec in model.slices.values())
     log = json.loads((tiny / "training_log.json").read_text())
-    assert log["steps"] >= 1 and log["seed"] == 2605 and "train_nano.py" in log["command"]
+    assert log["steps"] > 2 and log["seed"] == 2605 and "train_nano.py" in log["command"]
 
 
 def test_the_training_network_is_transformers_own(tiny: Path) -> None:
