@@ -87,7 +87,6 @@ class Buffers:
     squares: Tensor  # [n, heads] fp32
     attended: Tensor  # [n, query heads * D]
     qkv: Tensor  # [n, (query + 2 kv heads) * D]
-    router: Tensor  # [n, E] fp32
     routed: Tensor  # [n * top_k, F]
     dense: Tensor  # [n, width of the shared expert or of a dense layer]
     logits: Tensor  # [n, V] fp32
@@ -123,7 +122,6 @@ class Buffers:
             squares=take("squares", arch.heads, fp32),
             attended=take("attended", query, dtype),
             qkv=take("qkv", qkv, dtype),
-            router=take("router", max(arch.experts, 1), fp32),
             routed=take("routed", routed, dtype, most_routed, max(arch.top_k, 1)),
             dense=take("dense", dense, dtype),
             logits=take("logits", arch.vocab_size, fp32),
@@ -243,9 +241,8 @@ def _moe(
     b: Buffers,
     plan: Plan,
 ) -> None:
-    kernels.norm_linear(b.hidden, [w.router], [b.router], ["store"], norm, eps=arch.eps)
     choice = Choice(
-        b.router, w.router_bias, table.counts, arch.top_k, arch.normalise, arch.routed_scale
+        w.router, w.router_bias, table.counts, arch.top_k, arch.normalise, arch.routed_scale
     )
     kernels.experts_up(b.hidden, norm, arch.eps, choice, w.up, plan, b.routed, w.shared.up, b.dense)
     kernels.experts_down(b.hidden, b.routed, w.down, plan, b.dense, w.shared.down)

@@ -10,7 +10,7 @@ typedef unsigned long long u64;
 
 // What is chosen from, and for whom.
 struct Choice {
-    const float* logits;    // [tokens, experts]
+    float* logits;          // [tokens, experts]
     const float* bias;      // [experts], added for the choice alone
     const long long* rows;  // [R]: tokens that count of each row's `length`; the others choose none
     int* items;             // [3, items held]: expert, first pair, pairs
@@ -33,6 +33,13 @@ __device__ __forceinline__ unsigned ordered(float x) {
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
+// A logit that no block has written yet: a value that no product has.
+constexpr unsigned BLANK = ~0u;
+
+__device__ __forceinline__ void write_logit(float* to, float logit) {
+    *(volatile float*)to = logit == logit ? logit : __uint_as_float(0x7fffffffu);
+}
+
 // What is counted of an expert, packed: pairs, items and presence, and the sums up to and with it.
 struct Counted {
     u64 value;
@@ -44,6 +51,8 @@ struct Counted {
 };
 
 // The experts of one token, by one warp. `picks` and `shares` are [tokens, top_k].
+// WAITS: for logits that other blocks of the same launch still write
+template <bool WAITS>
 __device__ __forceinline__ void choose_for(const Choice& a, int token, unsigned* bits, int* picks,
                                            float* shares) {
     constexpr int EACH = MOST / 32;  // experts of a lane
@@ -55,13 +64,18 @@ __device__ __forceinline__ void choose_for(const Choice& a, int token, unsigned*
         return;
     }
     float score[EACH];
-    unsigned key[EACH];
+    unsigned key[EACH], blank;
 #pragma unroll
-    for (int i = 0; i < EACH; i++) {
-        const int expert = min(i * 32 + lane, experts - 1);
-        score[i] = __ldcg(a.logits + (long long)token * experts + expert);
-        key[i] = __float_as_uint(a.bias[expert]);
-    }
+    for (int i = 0; i < EACH; i++)
+        key[i] = __float_as_uint(a.bias[min(i * 32 + lane, experts - 1)]);
+    do {
+        blank = 0;
+#pragma unroll
+        for (int i = 0; i < EACH; i++)
+            score[i] = fresh(a.logits + token * experts + min(i * 32 + lane, experts - 1));
+#pragma unroll
+        for (int i = 0; i < EACH; i++) blank |= __float_as_uint(score[i]) == BLANK;
+    } while (WAITS && __reduce_max_sync(~0u, blank));
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         score[i] = __fdividef(1.f, 1.f + __expf(-score[i]));

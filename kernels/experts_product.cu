@@ -1,9 +1,10 @@
 // Products with the weights of the chosen experts, for their (token, expert) pairs: relu(up(norm(x))) ** 2
 // into bf16, or down(inner) into fp32.
 //
-// The first half may begin with that of the shared expert, which needs no choice: a block goes through
-// its share of it while the router still computes its logits. Then every block chooses for itself, which
-// takes less time than to wait for one that does it for all.
+// The first half may begin with the router's product, by a few blocks, and that of the shared expert,
+// which needs no choice: the other blocks go through their share of it meanwhile. Then every block
+// chooses for itself, which takes less time than to wait for one that does it for all. Blocks start in
+// the order of their numbers, so those that all others wait for are always there.
 #include "choose.cuh"
 #include "tile_stream.cuh"
 
@@ -12,16 +13,21 @@ struct Arguments {
     const bf16* norm;       // up: [depth]
     const bf16* weights;    // [experts, width, depth], strides apart
     void* out;              // [pairs, width]
+    const bf16* router;     // [experts, depth], rows router_stride apart
     const bf16* shared_up;  // [shared width, depth], rows shared_stride apart
     bf16* dense;            // [tokens, shared width], rows dense_stride apart
     const int* items;       // [3, items held]: expert, first pair, pairs
     const int* counts;
     const int* pair_token;
     long long x_stride, tokens, depth, width, expert_stride, row_stride;
-    long long shared_width, shared_stride, dense_stride, items_held, eps, team;
-    long long shared_team, shared_blocks;  // of the blocks that take part in the shared expert
-    Choice choice;  // that fills the lists above, of at most MOST pairs; with a shared expert
+    long long router_stride, shared_width, shared_stride, dense_stride, items_held, eps, team;
+    long long router_blocks, router_team;  // the first blocks, that compute the logits
+    long long shared_blocks, shared_team;  // those that take part in the shared expert
+    Choice choice;  // that fills the lists above, of at most MOST pairs; with a shared expert. Its
+                    // logits are blank before and after
 };
+
+constexpr int LATE = 8;  // rows of the shared expert that others go through while a block computes logits
 
 __device__ __forceinline__ bf16 activated(float x) {
     return (bf16)narrow(relu_squared(widen((bf16)narrow(x))));
@@ -29,20 +35,20 @@ __device__ __forceinline__ bf16 activated(float x) {
 
 // Wait for the logits and choose, into lists of this block's own. The last block, which has the least to
 // do before, writes those of all before the next kernel may start; that may read them before it waits.
-__device__ __forceinline__ void choose_here(const Choice& choice, void* scratch, Lists* own) {
+// Returns how many blocks have read the logits before, to thread 0.
+__device__ __forceinline__ unsigned choose_here(const Choice& choice, void* scratch, Lists* own) {
     unsigned* const bits = static_cast<unsigned*>(scratch);
     int* const picks = reinterpret_cast<int*>(bits + MOST);
     int* const pairs_before = picks + MOST;
     float* const shares = reinterpret_cast<float*>(pairs_before + MOST);
     const bool writes = blockIdx.x == gridDim.x - 1;
     bits[threadIdx.x] = 0;
-    wait_for_inputs();
-    if (!writes) let_next_start();
     __syncthreads();
 #pragma unroll 1
     for (int token = threadIdx.x / 32; token < choice.tokens; token += WARPS)
-        choose_for(choice, token, bits, picks, shares);
+        choose_for<true>(choice, token, bits, picks, shares);
     __syncthreads();
+    const unsigned before = threadIdx.x ? 0 : atomicInc(choice.arrived, gridDim.x - 1);
     if (choice.tokens == 1 && !writes)
         list_one(choice, picks, own);
     else
@@ -50,17 +56,25 @@ __device__ __forceinline__ void choose_here(const Choice& choice, void* scratch,
     if (writes) __threadfence();
     __syncthreads();
     if (writes) let_next_start();
+    return before;
 }
 
-// What is multiplied together: the rows of all items' experts, or those of the shared expert, which is
-// one item of all tokens.
-// OWN: whether the items are in this block's own lists, and otherwise the shared expert is meant
+// Logits that all blocks have read, by one warp.
+__device__ __forceinline__ void make_blank(const Choice& choice) {
+    for (int i = threadIdx.x; i < choice.tokens * choice.experts; i += 32)
+        choice.logits[i] = __uint_as_float(BLANK);
+}
+
+// What is multiplied together: the rows of all items' experts, or those of the router or the shared
+// expert, which are one item of all tokens.
+// OWN: whether the items are in this block's own lists; without lists one of the others is meant
 template <bool OWN>
 struct View {
     const bf16* weights;
     void* out;         // rows out_stride apart
     const Lists* own;  // or null
     int expert_stride, row_stride, out_stride, units, width, blocks, early, done, team;
+    bool is_router;
 
     __device__ __forceinline__ int expert(const Arguments& a, int item) const {
         if (OWN) return own ? own->items[item] & 0xff : 0;
@@ -108,6 +122,8 @@ __device__ __forceinline__ void multiply_all(const Arguments& a, const View<OWN>
         return {lines, next, coming.height ? steps : next, depth};
     };
     ring.template fill<N>(column, following);
+    wait_for_inputs();
+    if (!OWN || blockIdx.x != gridDim.x - 1) let_next_start();  // that one still has lists to write
 
     Walk walk(team, view.units, view.width, view.blocks, view.early, view.done);
     int turn = 0;
@@ -138,56 +154,77 @@ __device__ __forceinline__ void multiply_all(const Arguments& a, const View<OWN>
             if (pair >= pairs || row >= tile.height) continue;
             const float value = gathered[turn].at(team, row, pair);
             const long long to = (long long)(first + pair) * view.out_stride + tile.row + row;
-            if constexpr (UP)
-                static_cast<bf16*>(view.out)[to] =
-                    activated(value * gathered[turn].factor(team, pair, depth, eps));
-            else
+            if constexpr (UP) {
+                const float normed = value * gathered[turn].factor(team, pair, depth, eps);
+                if (OWN && view.is_router)
+                    write_logit(static_cast<float*>(view.out) + to, normed);
+                else
+                    static_cast<bf16*>(view.out)[to] = activated(normed);
+            } else
                 static_cast<float*>(view.out)[to] = value;
         }
     }
 }
 
-// grid = (blocks that share the rows of the shared expert, then those of all items); shared: the ring
+// grid = (blocks that share the rows of router, shared expert and all items); shared: the ring
 // S: groups of 8 tokens of the shared expert, none for 0
+enum Part { ROUTER, SHARED, EXPERTS };
+
 template <int N, bool UP, int S, int SLOTS>
 __device__ __forceinline__ void product(const Arguments& a) {
     constexpr int MOST_GROUPS = N > S ? N : S;
     __shared__ Gathered<MOST_GROUPS> memory[2];
     extern __shared__ uint4 shared[];
-    // The experts of `units` items; the first `early` blocks have done `done` rows before.
-    const auto experts = [&](const Lists* own, int units, int early, int done) -> View<S != 0> {
-        return {a.weights,    a.out, own,          (int)a.expert_stride, (int)a.row_stride, (int)a.width,
-                units,        (int)a.width,        (int)gridDim.x,       early,             done,
-                (int)a.team};
-    };
     if constexpr (S == 0) {
-        wait_for_inputs();
-        let_next_start();
-        multiply_all<N, UP, SLOTS>(a, experts(nullptr, a.counts[0], 0, 0), shared, memory);
+        const View<false> experts = {a.weights,         a.out,        nullptr,     (int)a.expert_stride,
+                                     (int)a.row_stride, (int)a.width, a.counts[0], (int)a.width,
+                                     (int)gridDim.x,    0,            0,           (int)a.team,
+                                     false};
+        multiply_all<N, UP, SLOTS>(a, experts, shared, memory);
     } else {
-        // x is older than the router's logits: the kernel that made it has ended before theirs began.
         __shared__ Lists own;
-        const int rows = (int)a.shared_width, blocks = (int)a.shared_blocks;
-        View<true> view = {a.shared_up, a.dense, nullptr, 0,      (int)a.shared_stride, (int)a.dense_stride,
-                           1,           rows,    blocks,  0,      0,
-                           (int)a.shared_team};
-        const auto take_experts = [&] {
-            wait_for_group<0>();
-            __syncthreads();  // `memory` and the ring are the experts' now
-            choose_here(a.choice, memory, &own);
-            view = experts(&own, own.count, blocks < gridDim.x ? blocks : 0, rows / blocks);
+        const int routing = (int)a.router_blocks, sharing = (int)a.shared_blocks;
+        const int first = blockIdx.x < routing ? ROUTER : SHARED;
+        unsigned before = 0;
+        const auto view_of = [&](int part) -> View<true> {
+            if (part != first) {
+                wait_for_group<0>();
+                __syncthreads();  // `memory` and the ring are this part's now
+            }
+            if (part == EXPERTS) before = choose_here(a.choice, memory, &own);
+            const int width = (int)(part == ROUTER ? a.choice.experts
+                                    : part == SHARED ? a.shared_width : a.width);
+            const int blocks = part == ROUTER ? routing : part == SHARED ? sharing : (int)gridDim.x;
+            const int early = part == ROUTER ? 0 : part == SHARED ? routing : sharing;
+            return {part == ROUTER   ? a.router
+                    : part == SHARED ? a.shared_up
+                                     : a.weights,
+                    part == ROUTER   ? (void*)a.choice.logits
+                    : part == SHARED ? a.dense
+                                     : a.out,
+                    part == EXPERTS ? &own : nullptr,
+                    (int)a.expert_stride,
+                    (int)(part == ROUTER ? a.router_stride : part == SHARED ? a.shared_stride : a.row_stride),
+                    (int)(part == SHARED ? a.dense_stride : width),
+                    part == EXPERTS ? own.count : 1,
+                    width,
+                    blocks,
+                    early < blocks ? early : 0,
+                    part == SHARED ? LATE : (int)a.shared_width / sharing,
+                    (int)(part == ROUTER ? a.router_team : part == SHARED ? a.shared_team : a.team),
+                    part == ROUTER};
         };
         if constexpr (S == N) {
 #pragma unroll 1
-            for (int part = 0; part < 2; part++) {
-                if (part) take_experts();
-                multiply_all<N, UP, SLOTS>(a, view, shared, memory);
-            }
+            for (int part = first; part <= EXPERTS; part++)
+                multiply_all<N, UP, SLOTS>(a, view_of(part), shared, memory);
         } else {
-            multiply_all<S, UP, SLOTS>(a, view, shared, reinterpret_cast<Gathered<S>*>(memory));
-            take_experts();
-            multiply_all<N, UP, SLOTS>(a, view, shared, reinterpret_cast<Gathered<N>*>(memory));
+#pragma unroll 1
+            for (int part = first; part < EXPERTS; part++)
+                multiply_all<S, UP, SLOTS>(a, view_of(part), shared, reinterpret_cast<Gathered<S>*>(memory));
+            multiply_all<N, UP, SLOTS>(a, view_of(EXPERTS), shared, reinterpret_cast<Gathered<N>*>(memory));
         }
+        if (threadIdx.x < 32 && __shfl_sync(~0u, before, 0) == gridDim.x - 1) make_blank(a.choice);
     }
 }
 

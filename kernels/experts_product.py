@@ -11,16 +11,19 @@ from cascade.kernels.plan import Choice, Plan
 
 THREADS = 256  # as in the .cu
 SHARED_WIDTHS = (8, 16, 32)  # tokens of the shared expert at once
+ROUTER_ROWS = 2  # experts of a block that computes logits
 MOST_PICKS = 256  # tokens times top_k that a block chooses for itself
 
 _BF16, _INT32, _FP32 = (torch.bfloat16,), (torch.int32,), (torch.float32,)
 _KERNELS = {
-    name: Kernel("experts_product", name, 23 + choose_experts.MEMBERS, overlaps=True)
+    name: Kernel("experts_product", name, 27 + choose_experts.MEMBERS, overlaps=True)
     for name in (
         *(f"up_8_shared_{width}" for width in SHARED_WIDTHS),
         *(f"{half}_{tokens}" for half in ("up", "down") for tokens in (8, 16)),
     )
 }
+
+NO_SHARED = (0,) * 7
 
 
 def experts_pairs_up(
@@ -38,7 +41,7 @@ def experts_pairs_up(
 
     See reference_decode.experts_up. bf16; K and the strides of `up` and `shared_up` must be
     multiples of 8. With a shared expert and a choice, of at most 32 tokens and 256 picks, first the
-    same of the shared expert, and the plan is made on the way.
+    router's product and the same of the shared expert, and the plan is made on the way.
     """
     depth = x.shape[-1]
     scale = checks.array("norm", norm, _BF16, (depth,))
@@ -48,18 +51,19 @@ def experts_pairs_up(
     if shared_up is None or dense is None or choice is None:
         if any(given is not None for given in (shared_up, dense, choice)):
             raise checks.KernelArgumentError("shared_up, dense and choice go together")
-        _launch("up", x, up, plan, target, scale, eps, (0, 0, 0, 0, 0), (), norm, inner)
+        _launch("up", x, up, plan, target, scale, eps, NO_SHARED, (), norm, inner)
         return
     tokens, rows = x.shape[0], shared_up.shape[0]
     checks.within("the number of tokens", tokens, 0, SHARED_WIDTHS[-1])
     checks.within("the width of the shared expert", rows, 1, 2**31 - 1)
     checks.within("tokens times top_k", tokens * choice.top_k, 0, MOST_PICKS)
-    checks.within("the number of logits", choice.logits.shape[0], tokens, tokens)
+    experts = up.shape[0]
+    router, router_stride = checks.strided("router", choice.router, _BF16, (experts, depth))
     source, stride = checks.strided("shared_up", shared_up, _BF16, (rows, depth))
     place, dense_stride = checks.strided("dense", dense, _BF16, (tokens, rows))
-    shared = (source, place, rows, stride, dense_stride)
-    others = norm, inner, shared_up, dense, *choice[:3], *plan[3:8]
-    choosing = choose_experts.arguments(*choice, plan)
+    shared = (router, source, place, router_stride, rows, stride, dense_stride)
+    others = norm, inner, shared_up, dense, *choice[:3], *plan[3:9]
+    choosing = choose_experts.arguments(plan.logits, *choice[1:], plan)
     _launch("up", x, up, plan, target, scale, eps, shared, choosing, *others)
 
 
@@ -72,7 +76,7 @@ def experts_pairs_down(inner: Tensor, down: Tensor, plan: Plan, out: Tensor) -> 
     pairs, width = plan.tokens.numel(), down.shape[1]
     target = checks.array("out", out, _FP32, (pairs, width))
     checks.within("the rows of inner", inner.shape[0], pairs, pairs)
-    _launch("down", inner, down, plan, target, 0, 0.0, (0, 0, 0, 0, 0), (), out)
+    _launch("down", inner, down, plan, target, 0, 0.0, NO_SHARED, (), out)
 
 
 def _launch(
@@ -83,7 +87,7 @@ def _launch(
     target: int,
     scale: int,
     eps: float,
-    shared: tuple[int, int, int, int, int],
+    shared: tuple[int, ...],
     choosing: tuple[int, ...],
     *others: Tensor,
 ) -> None:
@@ -101,7 +105,7 @@ def _launch(
         checks.array("plan.counts", plan.counts, _INT32, (2,)),
         checks.array("plan.tokens", plan.tokens, _INT32, (pairs,)),
     )
-    shared_up, dense, shared_width, shared_stride, dense_stride = shared
+    router, shared_up, dense, router_stride, shared_width, shared_stride, dense_stride = shared
     name = f"{half}_{plan.item_tokens}"
     if shared_width:
         name += f"_shared_{next(w for w in SHARED_WIDTHS if rows <= w)}"
@@ -114,8 +118,9 @@ def _launch(
         return
     at_once = 0 if shared_width and rows > SHARED_WIDTHS[0] else plan.item_tokens
     blocks = tile_stream.blocks(device, at_once, held * width)
-    # Where three blocks fit, the third begins when the router is done: too late for a share.
+    # Where three blocks fit, the third begins when the logits are there: too late for a share.
     shared_blocks = min(blocks, 2 * multiprocessors(device))
+    router_blocks = min(shared_blocks, -(-experts // ROUTER_ROWS))
     _KERNELS[name].launch(
         device,
         (blocks, 1, 1),
@@ -125,6 +130,7 @@ def _launch(
             scale,
             address,
             target,
+            router,
             shared_up,
             dense,
             *places,
@@ -134,14 +140,17 @@ def _launch(
             width,
             expert_stride,
             row_stride,
+            router_stride,
             shared_width,
             shared_stride,
             dense_stride,
             held,
             checks.float_bits(eps),
             tile_stream.team(blocks, held * width, plan.item_tokens),
-            tile_stream.team(shared_blocks, shared_width, SHARED_WIDTHS[-1]),
+            router_blocks,
+            tile_stream.team(router_blocks, experts, SHARED_WIDTHS[-1]),
             shared_blocks,
+            tile_stream.team(shared_blocks, shared_width, SHARED_WIDTHS[-1]),
             *(choosing or (0,) * choose_experts.MEMBERS),
         ),
         tile_stream.RING if at_once == 8 else tile_stream.DEEP_RING,

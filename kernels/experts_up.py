@@ -21,14 +21,12 @@ def experts_up(
     shared_up: Tensor,
     dense: Tensor,
 ) -> None:
-    """See reference_decode.experts_up. bf16; K and all strides must be multiples of 8.
-
-    x must be older than the logits: few tokens of it are read before the logits are waited for.
-    """
+    """See reference_decode.experts_up. bf16; K and all strides must be multiples of 8."""
     tokens, shared = x.shape[0], shared_up.shape[0]
     if shared and tokens <= SHARED_WIDTHS[-1] and tokens * choice.top_k <= MOST_PICKS:
         experts_pairs_up(x, norm, eps, up, plan, inner, shared_up, dense, choice)
         return
-    choose_experts(*choice, plan)
-    norm_linear(x, [shared_up], [dense], ["relu2"], norm, eps=eps)
+    products = [choice.router, shared_up], [plan.logits, dense], ["store", "relu2"]
+    norm_linear(x, *products, norm, eps=eps)
+    choose_experts(plan.logits, *choice[1:], plan)
     experts_pairs_up(x, norm, eps, up, plan, inner)

@@ -11,12 +11,12 @@ from torch import Tensor
 class Choice(NamedTuple):
     """What the experts of each token are chosen by; see `reference.route`.
 
-    logits:    [n, E] fp32 of the router; bias: [E] fp32, added to the scores for the choice alone
+    router:    [E, K], possibly a prefix view; bias: [E] fp32, added to the scores for the choice alone
     counts:    [R], tokens that count of each row; the others choose none
     normalise: whether a token's weights are divided by their sum; scale: their factor
     """
 
-    logits: Tensor
+    router: Tensor
     bias: Tensor
     counts: Tensor
     top_k: int
@@ -34,6 +34,8 @@ class Plan(NamedTuple):
     places:  [n * k] int32, the pair of each token's choices, below zero for none
     shares:  [n * k] fp32, their weights
     bits:    [E, words of 32 tokens], arrived [1]: scratch, zero before and after every use
+    logits:  [n, E] fp32 of the router; where `experts_up` makes the choice as it goes, blank (all
+             bits set) before and after
     """
 
     items: Tensor
@@ -44,6 +46,7 @@ class Plan(NamedTuple):
     shares: Tensor
     bits: Tensor
     arrived: Tensor
+    logits: Tensor
     item_tokens: int
 
     @classmethod
@@ -67,5 +70,6 @@ class Plan(NamedTuple):
             shares=numbers(pairs),
             bits=integers(experts, words),
             arrived=integers(1),
+            logits=(integers(tokens, experts) - 1).view(torch.float32),
             item_tokens=item_tokens,
         )

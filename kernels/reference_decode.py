@@ -225,12 +225,14 @@ def experts_up(
 ) -> None:
     """The choice of experts, and their first half after an RMSNorm of x [n, K].
 
-    plan <- the experts that `choice` gives
+    plan <- the experts that `choice` gives, whose logits are router(x)
     dense [n, Fs] <- relu(shared_up(x)) ** 2, shared_up [Fs, K], possibly a prefix view
     inner [n * k, F] <- relu(up(x)) ** 2 of the pairs, in their order; up [E, F, K], likewise
     """
-    choose_experts(*choice, plan)
-    norm_linear(x, [shared_up], [dense], ["relu2"], norm, eps=eps)
+    logits = torch.empty(len(x), len(choice.router), dtype=torch.float32, device=x.device)
+    products = [choice.router, shared_up], [logits, dense], ["store", "relu2"]
+    norm_linear(x, *products, norm, eps=eps)
+    choose_experts(logits, *choice[1:], plan)
     x = layers.rms_norm(x, norm, eps)
     for expert, first, count in plan.items[:, : int(plan.counts[0])].T.tolist():
         tokens = plan.tokens[first : first + count].long()
