@@ -20,14 +20,13 @@ struct Arguments {
     const int* counts;
     const int* pair_token;
     long long x_stride, tokens, depth, width, expert_stride, row_stride;
-    long long router_stride, shared_width, shared_stride, dense_stride, items_held, eps, team;
-    long long router_blocks, router_team;  // the first blocks, that compute the logits
-    long long shared_blocks, shared_team;  // those that take part in the shared expert
+    long long router_stride, shared_width, shared_stride, dense_stride, items_held, eps;
+    long long team, inverse_teams, inverse_width;  // of the experts; inverses as floats
+    long long shared_team, share, rest;            // of the shared expert
+    long long router_blocks, router_team;          // the first blocks; log2 of the warps of a token
     Choice choice;  // that fills the lists above, of at most MOST pairs; with a shared expert. Its
                     // logits are blank before and after
 };
-
-constexpr int LATE = 8;  // rows of the shared expert that others go through while a block computes logits
 
 __device__ __forceinline__ bf16 activated(float x) {
     return (bf16)narrow(relu_squared(widen((bf16)narrow(x))));
@@ -65,16 +64,58 @@ __device__ __forceinline__ void make_blank(const Choice& choice) {
         choice.logits[i] = __uint_as_float(BLANK);
 }
 
-// What is multiplied together: the rows of all items' experts, or those of the router or the shared
-// expert, which are one item of all tokens.
-// OWN: whether the items are in this block's own lists; without lists one of the others is meant
+__device__ __forceinline__ float over_warp(float x) {
+    for (int distance = 16; distance; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
+    return x;
+}
+
+// The logits of a block's experts. All of them together are less than a tile for every block, and all
+// others wait for them: one way to memory for a token, whose columns are shared by a team of warps.
+__device__ __forceinline__ void route(const Arguments& a) {
+    __shared__ float dots[WARPS], squares[WARPS];
+    const Team team((int)a.router_team);
+    const int own = threadIdx.x / 32, pieces = (int)a.depth / 8;
+    const float eps = __int_as_float((int)a.eps);
+#pragma unroll 1
+    for (int expert = blockIdx.x; expert < a.choice.experts; expert += a.router_blocks)
+#pragma unroll 1
+        for (int token = team.number; token < a.tokens; token += WARPS >> team.log) {
+            const uint4* const x = reinterpret_cast<const uint4*>(a.x + token * a.x_stride);
+            const uint4* const weights = reinterpret_cast<const uint4*>(a.router + expert * a.router_stride);
+            const uint4* const norm = reinterpret_cast<const uint4*>(a.norm);
+            float dot = 0.f, square = 0.f;
+#pragma unroll 2
+            for (int piece = team.thread(); piece < pieces; piece += team.threads()) {
+                float u[8], v[8], w[8];
+                unpack(x[piece], u), unpack(weights[piece], v), unpack(norm[piece], w);
+#pragma unroll
+                for (int i = 0; i < 8; i++)
+                    square = fmaf(u[i], u[i], square), dot = fmaf(u[i] * w[i], v[i], dot);
+            }
+            dots[own] = over_warp(dot), squares[own] = over_warp(square);
+            team.meet();
+            if (team.thread() == 0) {
+                dot = square = 0.f;
+#pragma unroll 1
+                for (int w = own; w < own + team.size; w++) dot += dots[w], square += squares[w];
+                write_logit(a.choice.logits + token * a.choice.experts + expert,
+                            dot * rsqrtf(__fdividef(square, (int)a.depth) + eps));
+            }
+            team.meet();
+        }
+}
+
+// What is multiplied together: the rows of all items' experts, or those of the shared expert, which is
+// one item of all tokens.
+// OWN: whether the items are in this block's own lists; without lists the shared expert is meant
 template <bool OWN>
 struct View {
     const bf16* weights;
     void* out;         // rows out_stride apart
     const Lists* own;  // or null
-    int expert_stride, row_stride, out_stride, units, width, blocks, early, done, team;
-    bool is_router;
+    int expert_stride, row_stride, out_stride, width;
+    Team team;
+    Walk walk;
 
     __device__ __forceinline__ int expert(const Arguments& a, int item) const {
         if (OWN) return own ? own->items[item] & 0xff : 0;
@@ -94,15 +135,33 @@ struct View {
     }
 };
 
-template <int N, bool UP, int SLOTS, bool OWN>
-__device__ __forceinline__ void multiply_all(const Arguments& a, const View<OWN>& view,
-                                             uint4* shared, Gathered<N>* gathered) {
-    const Team team(view.team);
+// The experts of so many items.
+template <bool OWN>
+__device__ __forceinline__ View<OWN> experts(const Arguments& a, const Lists* own, int items) {
+    const Team team((int)a.team);
+    const int width = (int)a.width, rows = items * width, teams = team.all();
+    const int share = quotient(rows, teams, __int_as_float((int)a.inverse_teams));
+    const Walk walk(team, share, rows - share * teams, width, __int_as_float((int)a.inverse_width));
+    return {a.weights, a.out, own, (int)a.expert_stride, (int)a.row_stride, width, width, team, walk};
+}
+
+__device__ __forceinline__ View<true> shared_expert(const Arguments& a) {
+    const Team team((int)a.shared_team);
+    const int rows = (int)a.shared_width;
+    return {a.shared_up, a.dense, nullptr, 0, (int)a.shared_stride, (int)a.dense_stride, rows, team,
+            Walk(team, (int)a.share, (int)a.rest, rows)};
+}
+
+// after_wait(): what is done when x is there and the first weights are under way
+template <int N, bool UP, int SLOTS, bool OWN, typename AfterWait>
+__device__ __forceinline__ void multiply_all(const Arguments& a, const View<OWN>& view, uint4* shared,
+                                             Gathered<N>* gathered, AfterWait after_wait) {
+    const Team team = view.team;
     const int depth = (int)a.depth, g = threadIdx.x % 32 / 4, steps = team.steps(depth);
     const float eps = __int_as_float((int)a.eps);
     const auto column = [&](int step) { return team.column(step); };
     Ring<SLOTS> ring(shared);
-    Walk ahead(team, view.units, view.width, view.blocks, view.early, view.done);
+    Walk walk = view.walk, ahead = walk;
     Tile coming = {0, 0, 0};
     Lines lines = {nullptr, nullptr};
     int next = steps;
@@ -124,8 +183,8 @@ __device__ __forceinline__ void multiply_all(const Arguments& a, const View<OWN>
     ring.template fill<N>(column, following);
     wait_for_inputs();
     if (!OWN || blockIdx.x != gridDim.x - 1) let_next_start();  // that one still has lists to write
+    after_wait();
 
-    Walk walk(team, view.units, view.width, view.blocks, view.early, view.done);
     int turn = 0;
     for (Tile tile = walk.next(); tile.height; tile = walk.next(), turn ^= 1) {
         const int first = view.first(a, tile.unit), pairs = view.pairs(a, tile.unit);
@@ -155,74 +214,50 @@ __device__ __forceinline__ void multiply_all(const Arguments& a, const View<OWN>
             const float value = gathered[turn].at(team, row, pair);
             const long long to = (long long)(first + pair) * view.out_stride + tile.row + row;
             if constexpr (UP) {
-                const float normed = value * gathered[turn].factor(team, pair, depth, eps);
-                if (OWN && view.is_router)
-                    write_logit(static_cast<float*>(view.out) + to, normed);
-                else
-                    static_cast<bf16*>(view.out)[to] = activated(normed);
+                const float factor = gathered[turn].factor(team, pair, depth, eps);
+                static_cast<bf16*>(view.out)[to] = activated(value * factor);
             } else
                 static_cast<float*>(view.out)[to] = value;
         }
     }
 }
 
-// grid = (blocks that share the rows of router, shared expert and all items); shared: the ring
+// grid = (blocks that share the rows of the shared expert, then those of all items); shared: the ring
 // S: groups of 8 tokens of the shared expert, none for 0
-enum Part { ROUTER, SHARED, EXPERTS };
-
 template <int N, bool UP, int S, int SLOTS>
 __device__ __forceinline__ void product(const Arguments& a) {
     constexpr int MOST_GROUPS = N > S ? N : S;
     __shared__ Gathered<MOST_GROUPS> memory[2];
     extern __shared__ uint4 shared[];
     if constexpr (S == 0) {
-        const View<false> experts = {a.weights,         a.out,        nullptr,     (int)a.expert_stride,
-                                     (int)a.row_stride, (int)a.width, a.counts[0], (int)a.width,
-                                     (int)gridDim.x,    0,            0,           (int)a.team,
-                                     false};
-        multiply_all<N, UP, SLOTS>(a, experts, shared, memory);
+        wait_for_inputs();
+        multiply_all<N, UP, SLOTS>(a, experts<false>(a, nullptr, a.counts[0]), shared, memory, [] {});
     } else {
         __shared__ Lists own;
-        const int routing = (int)a.router_blocks, sharing = (int)a.shared_blocks;
-        const int first = blockIdx.x < routing ? ROUTER : SHARED;
         unsigned before = 0;
-        const auto view_of = [&](int part) -> View<true> {
-            if (part != first) {
-                wait_for_group<0>();
-                __syncthreads();  // `memory` and the ring are this part's now
-            }
-            if (part == EXPERTS) before = choose_here(a.choice, memory, &own);
-            const int width = (int)(part == ROUTER ? a.choice.experts
-                                    : part == SHARED ? a.shared_width : a.width);
-            const int blocks = part == ROUTER ? routing : part == SHARED ? sharing : (int)gridDim.x;
-            const int early = part == ROUTER ? 0 : part == SHARED ? routing : sharing;
-            return {part == ROUTER   ? a.router
-                    : part == SHARED ? a.shared_up
-                                     : a.weights,
-                    part == ROUTER   ? (void*)a.choice.logits
-                    : part == SHARED ? a.dense
-                                     : a.out,
-                    part == EXPERTS ? &own : nullptr,
-                    (int)a.expert_stride,
-                    (int)(part == ROUTER ? a.router_stride : part == SHARED ? a.shared_stride : a.row_stride),
-                    (int)(part == SHARED ? a.dense_stride : width),
-                    part == EXPERTS ? own.count : 1,
-                    width,
-                    blocks,
-                    early < blocks ? early : 0,
-                    part == SHARED ? LATE : (int)a.shared_width / sharing,
-                    (int)(part == ROUTER ? a.router_team : part == SHARED ? a.shared_team : a.team),
-                    part == ROUTER};
+        bool is_first = true;
+        const auto after_wait = [&] {
+            if (is_first && blockIdx.x < a.router_blocks) route(a);
         };
+        const auto choose = [&] {
+            wait_for_group<0>();
+            __syncthreads();  // `memory` and the ring are the experts' now
+            before = choose_here(a.choice, memory, &own);
+            is_first = false;
+        };
+        View<true> view = shared_expert(a);
         if constexpr (S == N) {
 #pragma unroll 1
-            for (int part = first; part <= EXPERTS; part++)
-                multiply_all<N, UP, SLOTS>(a, view_of(part), shared, memory);
+            for (int part = 0; part < 2; part++) {
+                if (part) choose(), view = experts<true>(a, &own, own.count);
+                multiply_all<N, UP, SLOTS>(a, view, shared, memory, after_wait);
+            }
         } else {
-#pragma unroll 1
-            for (int part = first; part < EXPERTS; part++)
-                multiply_all<S, UP, SLOTS>(a, view_of(part), shared, reinterpret_cast<Gathered<S>*>(memory));
-            multiply_all<N, UP, SLOTS>(a, view_of(EXPERTS), shared, reinterpret_cast<Gathered<N>*>(memory));
+            const auto smaller = reinterpret_cast<Gathered<S>*>(memory);
+            multiply_all<S, UP, SLOTS>(a, view, shared, smaller, after_wait);
+            choose();
+            view = experts<true>(a, &own, own.count);
+            multiply_all<N, UP, SLOTS>(a, view, shared, reinterpret_cast<Gathered<N>*>(memory), [] {});
         }
         if (threadIdx.x < 32 && __shfl_sync(~0u, before, 0) == gridDim.x - 1) make_blank(a.choice);
     }

@@ -6,17 +6,16 @@ import torch
 from torch import Tensor
 
 from cascade.kernels import checks, choose_experts, tile_stream
-from cascade.kernels.compiler import Kernel, multiprocessors
+from cascade.kernels.compiler import Kernel
 from cascade.kernels.plan import Choice, Plan
 
 THREADS = 256  # as in the .cu
 SHARED_WIDTHS = (8, 16, 32)  # tokens of the shared expert at once
-ROUTER_ROWS = 2  # experts of a block that computes logits
 MOST_PICKS = 256  # tokens times top_k that a block chooses for itself
 
 _BF16, _INT32, _FP32 = (torch.bfloat16,), (torch.int32,), (torch.float32,)
 _KERNELS = {
-    name: Kernel("experts_product", name, 27 + choose_experts.MEMBERS, overlaps=True)
+    name: Kernel("experts_product", name, 30 + choose_experts.MEMBERS, overlaps=True)
     for name in (
         *(f"up_8_shared_{width}" for width in SHARED_WIDTHS),
         *(f"{half}_{tokens}" for half in ("up", "down") for tokens in (8, 16)),
@@ -118,9 +117,8 @@ def _launch(
         return
     at_once = 0 if shared_width and rows > SHARED_WIDTHS[0] else plan.item_tokens
     blocks = tile_stream.blocks(device, at_once, held * width)
-    # Where three blocks fit, the third begins when the logits are there: too late for a share.
-    shared_blocks = min(blocks, 2 * multiprocessors(device))
-    router_blocks = min(shared_blocks, -(-experts // ROUTER_ROWS))
+    team = tile_stream.team(blocks, held * width, plan.item_tokens)
+    shared_team = tile_stream.team(blocks, shared_width, SHARED_WIDTHS[-1])
     _KERNELS[name].launch(
         device,
         (blocks, 1, 1),
@@ -146,12 +144,18 @@ def _launch(
             dense_stride,
             held,
             checks.float_bits(eps),
-            tile_stream.team(blocks, held * width, plan.item_tokens),
-            router_blocks,
-            tile_stream.team(router_blocks, experts, SHARED_WIDTHS[-1]),
-            shared_blocks,
-            tile_stream.team(shared_blocks, shared_width, SHARED_WIDTHS[-1]),
+            tile_stream.logarithm(team),
+            tile_stream.inverse(blocks * tile_stream.WARPS // team),
+            tile_stream.inverse(width),
+            *tile_stream.shares(blocks, shared_team, shared_width),
+            router_blocks(experts, blocks),
+            tile_stream.logarithm(max(tile_stream.WARPS // rows, 1)),
             *(choosing or (0,) * choose_experts.MEMBERS),
         ),
         tile_stream.RING if at_once == 8 else tile_stream.DEEP_RING,
     )
+
+
+def router_blocks(experts: int, blocks: int) -> int:
+    """Blocks that compute the router's logits, of one expert each if there are as many."""
+    return min(experts, blocks)

@@ -16,7 +16,7 @@ struct Arguments {
     const int* pair_token;
     const float* pair_weight;
     long long x_stride, tokens, hidden, width, expert_stride, row_stride;
-    long long shared_width, shared_stride, shared_input, items_held;
+    long long shared_width, shared_stride, shared_input, items_held, share, rest;
 };
 
 // A run of steps of one item, or of up to 8 * N tokens of the shared expert.
@@ -25,27 +25,30 @@ struct Piece {
     int item, begin, end;  // steps
 };
 
-// All steps of a tile: those of the items, then those of the shared expert.
-struct Plan {
-    int routed_steps, shared_steps, routed, total;
+// All steps of a tile, those of the items and then those of the shared expert, of which one warp has
+// [first, last).
+struct Steps {
+    int items, routed, shared, first, last;  // steps of an item, and of the shared expert
 
     template <int N>
-    __device__ __forceinline__ static Plan of(const Arguments& a, int items) {
-        Plan plan;
-        plan.routed_steps = ((int)a.width + STEP - 1) / STEP;
-        plan.shared_steps = ((int)a.shared_width + STEP - 1) / STEP;
-        plan.routed = items * plan.routed_steps;
-        plan.total = plan.routed + ((int)a.tokens + 8 * N - 1) / (8 * N) * plan.shared_steps;
-        return plan;
+    __device__ __forceinline__ static Steps of(const Arguments& a, int items, int warp) {
+        const int routed = ((int)a.width + STEP - 1) / STEP, shared = ((int)a.shared_width + STEP - 1) / STEP;
+        const int total = items * routed + ((int)a.tokens + 8 * N - 1) / (8 * N) * shared;
+        return {items, routed, shared, total * warp / WARPS, total * (warp + 1) / WARPS};
     }
 
-    // The piece that position [position, last) begins with.
-    __device__ __forceinline__ Piece at(int position, int last) const {
-        const bool is_routed = position < routed;
-        const int own = is_routed ? position : position - routed;
-        const int steps = is_routed ? routed_steps : shared_steps;
-        const int begin = own % steps;
-        return {is_routed, own / steps, begin, min(steps, begin + last - position)};
+    __device__ __forceinline__ Piece start() const {
+        const bool is_routed = first < items * routed;
+        const int own = is_routed ? first : first - items * routed, steps = is_routed ? routed : shared;
+        const int item = steps ? own / steps : 0, begin = own - item * steps;
+        return {is_routed, item, begin, min(steps, begin + last - first)};
+    }
+
+    // The piece behind another one, which begins with step `position` of all.
+    __device__ __forceinline__ Piece after(const Piece& piece, int position) const {
+        const bool is_routed = piece.is_routed && piece.item + 1 < items;
+        const int item = piece.is_routed == is_routed ? piece.item + 1 : 0;
+        return {is_routed, item, 0, min(is_routed ? routed : shared, last - position)};
     }
 };
 
@@ -57,28 +60,29 @@ __device__ __forceinline__ void down(const Arguments& a) {
     extern __shared__ uint4 shared[];
     float* const sums = reinterpret_cast<float*>(shared + Ring<SLOTS>::PIECES);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
-    const int tokens = (int)a.tokens, hidden = (int)a.hidden;
-    const Team team(WARPS);
+    const int tokens = (int)a.tokens;
+    const Team team(3);
     float* const own = sums + warp * tokens * TILE;
     // Written by the kernel before the one before, so there already; not what L1 has of it.
-    const Plan plan = Plan::of<N>(a, fresh(a.counts));
-    const int first_step = (int)((long long)plan.total * warp / WARPS);
-    const int last_step = (int)((long long)plan.total * (warp + 1) / WARPS);
+    const Steps steps = Steps::of<N>(a, fresh(a.counts), warp);
+    const Piece start = steps.start();
 
     const auto column = [](int step) { return step * STEP + (int)threadIdx.x % 4 * 8; };
     Ring<SLOTS> ring(shared);
-    Walk walk(team, 1, hidden, (int)gridDim.x), ahead = walk;
+    Walk walk(team, (int)a.share, (int)a.rest, (int)a.hidden), ahead = walk;
     Tile coming = ahead.next();
     Piece piece = {false, 0, 0, 0};
     Lines lines = {nullptr, nullptr};
-    int position = first_step, depth_ahead = 0, step = 0;
+    int position = steps.first, depth_ahead = 0, step = 0;
     const auto following = [&]() -> Batch {
         step += STEPS<N>;
         if (step >= piece.end) {
-            if (position >= last_step) coming = ahead.next(), position = first_step;
-            piece = {false, 0, 0, 0};
-            if (coming.height && position < last_step) {
-                piece = plan.at(position, last_step);
+            position += piece.end - piece.begin;
+            if (position >= steps.last) coming = ahead.next(), position = steps.first;
+            if (!coming.height || steps.first >= steps.last)
+                piece = {false, 0, 0, 0};
+            else {
+                piece = position == steps.first ? start : steps.after(piece, position);
                 const long long stride = piece.is_routed ? a.row_stride : a.shared_stride;
                 const bf16* const first =
                     (piece.is_routed ? a.down + fresh(a.items + piece.item) * a.expert_stride
@@ -87,7 +91,6 @@ __device__ __forceinline__ void down(const Arguments& a) {
                 lines.low = g < coming.height ? first + g * stride : nullptr;
                 lines.high = g + 8 < coming.height ? first + (g + 8) * stride : nullptr;
                 depth_ahead = (int)(piece.is_routed ? a.width : a.shared_width);
-                position += piece.end - piece.begin;
             }
             step = piece.begin;
         }
@@ -100,8 +103,9 @@ __device__ __forceinline__ void down(const Arguments& a) {
     for (Tile tile = walk.next(); tile.height; tile = walk.next()) {
         for (int i = lane; i < tokens * TILE; i += 32) own[i] = 0.f;
         __syncwarp();
-        for (int at = first_step; at < last_step;) {
-            const Piece now = plan.at(at, last_step);
+        Piece now = start;
+        for (int at = steps.first; at < steps.last;) {
+            if (at > steps.first) now = steps.after(now, at);
             const int depth = (int)(now.is_routed ? a.width : a.shared_width);
             const long long first = now.is_routed ? a.items[a.items_held + now.item] : now.item * 8 * N;
             const int count =

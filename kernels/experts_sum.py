@@ -14,7 +14,7 @@ LARGEST_SHARED = 227 * 1024 - tile_stream.DEEP_RING
 
 _BF16, _INT32, _FP32 = (torch.bfloat16,), (torch.int32,), (torch.float32,)
 _KERNELS = {
-    tokens: Kernel("experts_sum", f"down_{tokens}", 19, overlaps=True) for tokens in (8, 16)
+    tokens: Kernel("experts_sum", f"down_{tokens}", 21, overlaps=True) for tokens in (8, 16)
 }
 
 
@@ -62,9 +62,10 @@ def experts_sum(
     device = checks.one_gpu(x, inner, down, shared_inner, shared_down, *plan[:4])
     if not (tokens and hidden and width):
         return
+    blocks = tile_stream.blocks(device, 0, hidden)
     _KERNELS[plan.item_tokens].launch(
         device,
-        (tile_stream.blocks(device, 0, hidden), 1, 1),
+        (blocks, 1, 1),
         (THREADS, 1, 1),
         (
             address,
@@ -83,6 +84,7 @@ def experts_sum(
             shared_stride,
             shared_input,
             held,
+            *divmod(hidden, blocks),
         ),
         tile_stream.DEEP_RING + sums,
     )

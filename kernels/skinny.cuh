@@ -15,7 +15,7 @@ struct Products {
     const bf16* weight[PARTS];
     void* out[PARTS];
     long long weight_stride[PARTS], rows[PARTS], out_stride[PARTS], kind[PARTS];
-    long long x_stride, tokens, depth, groups, summands, eps, team;
+    long long x_stride, tokens, depth, groups, summands, eps, team, share, rest;
 };
 
 // Tokens times the norm's weight and the factor of their group of columns.
@@ -84,9 +84,6 @@ __device__ __forceinline__ void multiply_all(const Products& a) {
     float* const factors = reinterpret_cast<float*>(shared + Ring<SLOTS>::PIECES);
     const int depth = (int)a.depth, lane = threadIdx.x % 32, g = lane / 4;
     const float eps = __int_as_float((int)a.eps);
-    int total = 0;
-#pragma unroll
-    for (int part = 0; part < PARTS; part++) total += (int)a.rows[part];
     const Team team((int)a.team);
     // With a group for each warp the columns of a warp are those of its group.
     const int steps = NORM == WARPWISE ? depth / (WARPS * STEP) : team.steps(depth);
@@ -96,7 +93,7 @@ __device__ __forceinline__ void multiply_all(const Products& a) {
     };
 
     Ring<SLOTS> ring(shared);
-    Walk walk(team, 1, total, (int)gridDim.x), ahead = walk;
+    Walk walk(team, (int)a.share, (int)a.rest, 1 << 30), ahead = walk;
     Tile coming = {0, 0, 0};
     Lines lines = {nullptr, nullptr};
     int first = steps;

@@ -12,6 +12,7 @@ from cascade.kernels.compiler import Kernel
 from cascade.kernels.reference_decode import Kind
 
 PARTS = 3  # as in the .cu
+MEMBERS = 3 + 6 * PARTS + 9
 THREADS = 256
 WARPS, STEP = 8, 32
 WIDTHS = (8, 16, 32)  # tokens at once
@@ -20,11 +21,11 @@ LARGEST_GROUPS = 64  # whose factors fit into shared memory
 _BF16, _FP32 = (torch.bfloat16,), (torch.float32,)
 _CODES = {"store": 0, "relu2": 2, "add": 3}
 _KERNELS = {
-    (norm, width): Kernel("skinny_linear", f"{norm}_{width}", 3 + 6 * PARTS + 7, overlaps=True)
+    (norm, width): Kernel("skinny_linear", f"{norm}_{width}", MEMBERS, overlaps=True)
     for norm in ("none", "whole", "warpwise", "given")
     for width in WIDTHS
 }
-_SHORT = Kernel("skinny_linear", "short_8", 3 + 6 * PARTS + 7, overlaps=True)
+_SHORT = Kernel("skinny_linear", "short_8", MEMBERS, overlaps=True)
 
 
 def skinny_linear(
@@ -122,7 +123,7 @@ def skinny_linear(
             groups,
             summands,
             checks.float_bits(eps),
-            team,
+            *tile_stream.shares(blocks, team, sum(rows)),
         ),
         ring + (4 * width * groups if mode == "given" else 0),
     )

@@ -29,18 +29,29 @@ struct Tile {
     int unit, row, height;
 };
 
-// The warps that multiply a tile together: `size` of them, a power of two, this one being number `warp`.
-struct Team {
-    int size, number, warp;
+// a / b with the inverse of b at hand; an exact division takes far more instructions, which every warp of
+// a multiprocessor would wait for.
+__device__ __forceinline__ int quotient(int a, int b, float inverse) {
+    const int guess = (int)(a * inverse), rest = a - guess * b;
+    return guess + (rest >= b) - (rest < 0);
+}
 
-    __device__ __forceinline__ explicit Team(int size) : size(size) {
+// The warps that multiply a tile together: 1 << log of them, this one being number `warp`.
+struct Team {
+    int log, size, number, warp;
+
+    __device__ __forceinline__ explicit Team(int log) : log(log), size(1 << log) {
         const int own = threadIdx.x / 32;
-        warp = own & (size - 1), number = own >> ((size > 1) + (size > 2) + (size > 4));
+        warp = own & (size - 1), number = own >> log;
     }
+
+    // Among the teams of all blocks, and how many these are.
+    __device__ __forceinline__ int place() const { return blockIdx.x * (WARPS >> log) + number; }
+    __device__ __forceinline__ int all() const { return gridDim.x * (WARPS >> log); }
 
     // Among the threads of the team.
     __device__ __forceinline__ int thread() const { return warp * 32 + threadIdx.x % 32; }
-    __device__ __forceinline__ int threads() const { return 32 * size; }
+    __device__ __forceinline__ int threads() const { return 32 << log; }
 
     __device__ __forceinline__ void meet() const {
         if (size == 1)
@@ -51,34 +62,30 @@ struct Team {
 
     // The steps of this warp: every size-th, so that a team reads one stretch of memory.
     __device__ __forceinline__ int steps(int depth) const {
-        return ((depth + STEP - 1) / STEP - warp + size - 1) / size;
+        return ((depth + STEP - 1) / STEP - warp + size - 1) >> log;
     }
 
     // The first of this lane's columns in a step of its warp.
     __device__ __forceinline__ int column(int step) const {
-        return (step * size + warp) * STEP + (int)threadIdx.x % 4 * 8;
+        return ((step << log) + warp) * STEP + (int)threadIdx.x % 4 * 8;
     }
 };
 
-// The tiles of a team's share of `units` units of `height` rows each, the last two of a unit as equal as
-// can be. The first `blocks` blocks share all rows; of these the first `early` have gone through `done`
-// rows each before, and get as many fewer.
+// The tiles of a team's share of units of `height` rows each, the last two of a unit as equal as can be.
+// Every team has `share` rows, the first `rest` of them one more.
 struct Walk {
     int unit, row, left, height;  // `left` rows from `row` of `unit` on
 
-    __device__ __forceinline__ Walk(const Team& team, int units, int height, int blocks, int early = 0,
-                                    int done = 0)
-        : height(height) {
-        const int each = WARPS / team.size, total = units * height;
-        const int fewer = early ? max((total + early * done) / blocks - done, 0) / each : 0;
-        const int mine = (int)blockIdx.x * each + team.number, late = mine - early * each;
-        const int teams = (blocks - early) * each, others = total - early * each * fewer;
-        const int share = others / teams, rest = others - share * teams;
-        const bool is_there = mine < blocks * each;
-        row = late < 0 ? mine * fewer : early * each * fewer + late * share + min(late, rest);
-        left = !is_there ? 0 : late < 0 ? fewer : share + (late < rest);
-        if (!is_there) row = 0;
-        unit = units > 1 ? row / height : 0;
+    // Of one unit.
+    __device__ __forceinline__ Walk(const Team& team, int share, int rest, int height)
+        : unit(0), height(height) {
+        const int place = team.place();
+        row = place * share + min(place, rest), left = share + (place < rest);
+    }
+
+    __device__ __forceinline__ Walk(const Team& team, int share, int rest, int height, float inverse)
+        : Walk(team, share, rest, height) {
+        unit = quotient(row, height, inverse);
         row -= unit * height;
     }
 
@@ -281,7 +288,7 @@ struct Gathered {
 #pragma unroll
         for (int w = 0; w < WARPS; w++)
             if (w < team.size) sum += squares[team.number * team.size + w][token];
-        return rsqrtf(sum / depth + eps);
+        return rsqrtf(__fdividef(sum, depth) + eps);
     }
 
     // The product of row `row` of the team's tile with token `token`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cascade.kernels.checks import float_bits
 from cascade.kernels.compiler import multiprocessors
 
 WARPS, STAGES, TILE = 8, 4, 16  # as in the .cuh
@@ -33,3 +34,17 @@ def team(blocks: int, rows: int, tokens: int) -> int:
     tiles, least = -(-rows // TILE), 4 if tokens == 8 else 2
     sizes = (size for size in (least, 4) if blocks * WARPS // size <= tiles)
     return next(sizes, WARPS)
+
+
+def shares(blocks: int, team: int, rows: int) -> tuple[int, int, int]:
+    """What a kernel needs to share rows among teams: log2 of their size, rows of each, and the rest."""
+    return logarithm(team), *divmod(rows, blocks * WARPS // team)
+
+
+def logarithm(power: int) -> int:
+    return power.bit_length() - 1
+
+
+def inverse(number: int) -> int:
+    """1 / number, as the bits of a float."""
+    return float_bits(1 / number)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from cascade.kernels import checks, choose_experts, compiler, experts_product
+from cascade.kernels import checks, compiler, experts_product
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
@@ -59,7 +59,7 @@ class Emulator:
             if hasattr(module, "multiprocessors"):
                 patch.setattr(module, "multiprocessors", lambda device: MULTIPROCESSORS)
         # Blocks run one after the other, so none but the first may be waited for.
-        patch.setattr(experts_product, "ROUTER_ROWS", choose_experts.LARGEST_EXPERTS)
+        patch.setattr(experts_product, "router_blocks", lambda experts, blocks: 1)
 
     def _launch(
         self,
