@@ -4,7 +4,7 @@
 typedef unsigned long long u64;
 
 struct Arguments {
-    const float* logits;     // [R, size], rows stride apart
+    const float* logits;     // [R, size], rows stride apart, which 16 bytes divide
     long long* picked;       // [R]
     long long* latest;       // [S]: by slot
     const long long* slots;  // [R]
@@ -14,14 +14,25 @@ struct Arguments {
 };
 
 constexpr int THREADS = 256;
+constexpr int AHEAD = 4;  // loads of a thread that are under way at once
 constexpr u64 BROKEN = ~0ull;
 
 // Orders like the logits, and among equals the lower index is larger.
-__device__ __forceinline__ u64 key_of(float value, long long index) {
+__device__ __forceinline__ u64 key_of(float value, int index) {
     if (!(fabsf(value) <= 3.402823466e38f)) return BROKEN;
     const unsigned bits = __float_as_uint(value);
     const unsigned ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
     return (u64)ordered << 32 | (0xfffffffeu - (unsigned)index);
+}
+
+// The best of four logits from `index` on, of which those behind `size` are padding.
+__device__ __forceinline__ u64 best_of(const float4& quad, int index, int size) {
+    const float values[4] = {quad.x, quad.y, quad.z, quad.w};
+    u64 best = 0;
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        if (index + j < size) best = max(best, key_of(values[j], index + j));
+    return best;
 }
 
 __device__ __forceinline__ u64 block_max(u64 best) {
@@ -41,10 +52,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) pick(const Arguments a) {
     let_next_start();
     const long long row = blockIdx.y;
     const float* const logits = a.logits + row * a.stride;
+    const int size = (int)a.size, step = (int)gridDim.x * THREADS * 4;
     u64 best = 0;
-    for (long long i = (long long)blockIdx.x * THREADS + threadIdx.x; i < a.size;
-         i += (long long)gridDim.x * THREADS)
-        best = max(best, key_of(logits[i], i));
+    for (int i = ((int)blockIdx.x * THREADS + threadIdx.x) * 4; i < size; i += AHEAD * step) {
+        float4 quads[AHEAD] = {};
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++)
+            if (i + k * step < size) quads[k] = *(const float4*)(logits + i + k * step);
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++) best = max(best, best_of(quads[k], i + k * step, size));
+    }
     best = block_max(best);
     if (threadIdx.x == 0) {
         a.best[row * gridDim.x + blockIdx.x] = best;
