@@ -120,13 +120,16 @@ class Decoder:
         )
         captured = self._captured.get(key)
         if captured is None:
-            return self._capture(key, rows)
-        self._captured.move_to_end(key)
-        captured.table.fill(rows)
-        if captured.graph is None:
-            self._pass(captured, writer)
+            captured = self._capture(key, rows)
         else:
-            captured.graph.replay()
+            self._captured.move_to_end(key)
+            captured.table.fill(rows)
+            if captured.graph is None:
+                self._pass(captured, writer)
+            else:
+                captured.graph.replay()
+        if captured.table.length == 1:
+            captured.table.moved_on(rows)
         return captured
 
     def pick(self, logits: Tensor, picked: Tensor, slots: Tensor) -> None:
@@ -185,7 +188,9 @@ class Decoder:
             captured.plans,
         )
         if table.length == 1:
-            kernels.pick_tokens(captured.buffers.logits, captured.picked, self.latest, table.slots)
+            numbers = table.numbers.view(-1, table.rows)
+            logits, picked = captured.buffers.logits, captured.picked
+            kernels.pick_tokens(logits, picked, self.latest, table.slots, numbers)
 
 
 def bucket_of_rows(rows: int) -> int:

@@ -1,4 +1,5 @@
 // The most likely token of each row of logits, the lowest among equals; -1 where any is not finite.
+// The pass that ends here was made from a table, which is moved on to the pass over those tokens.
 #include "ptx.cuh"
 
 typedef unsigned long long u64;
@@ -8,6 +9,7 @@ struct Arguments {
     long long* picked;       // [R]
     long long* latest;       // [S]: by slot
     const long long* slots;  // [R]
+    long long* table;        // [5, R]: slots, starts, entries, counts, ids; or null
     u64* best;               // [R, blocks], scratch
     unsigned* arrived;       // [R], zero before and after
     long long size, stride, slots_held;
@@ -45,12 +47,20 @@ __device__ __forceinline__ u64 block_max(u64 best) {
     return best;
 }
 
+__device__ __forceinline__ void move_on(long long* column, int rows) {
+    const long long count = column[3 * rows];
+    column[rows] += count;
+    column[2 * rows] += count;
+    column[4 * rows] = -1;
+}
+
 // grid = (blocks, R)
 extern "C" __global__ void __launch_bounds__(THREADS) pick(const Arguments a) {
     __shared__ bool is_last;
     wait_for_inputs();
     let_next_start();
-    const long long row = blockIdx.y;
+    const long long row = blockIdx.y, slot = a.slots[row];
+    if (a.table && blockIdx.x == 0 && threadIdx.x == 0) move_on(a.table + row, gridDim.y);
     const float* const logits = a.logits + row * a.stride;
     const int size = (int)a.size, step = (int)gridDim.x * THREADS * 4;
     u64 best = 0;
@@ -77,7 +87,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) pick(const Arguments a) {
     best = block_max(best);
     if (threadIdx.x) return;
     const long long token = best == BROKEN ? -1ll : (long long)(0xfffffffeu - (unsigned)best);
-    const long long slot = a.slots[row];
     a.picked[row] = token;
     if (slot >= 0 && slot < a.slots_held) a.latest[slot] = token;
 }

@@ -12,13 +12,16 @@ from cascade.kernels.compiler import Kernel
 
 THREADS, LANES = 256, 4
 BLOCKS = 128  # a row, at most
+COLUMNS = 5  # of a table
 AT_ONCE = 1024  # blocks of all rows: about what a GPU holds
 
 _FP32 = (torch.float32,)
-_KERNEL = Kernel("pick_tokens", "pick", 9, overlaps=True)
+_KERNEL = Kernel("pick_tokens", "pick", 10, overlaps=True)
 
 
-def pick_tokens(logits: Tensor, picked: Tensor, latest: Tensor, slots: Tensor) -> None:
+def pick_tokens(
+    logits: Tensor, picked: Tensor, latest: Tensor, slots: Tensor, table: Tensor | None = None
+) -> None:
     """The likeliest id of each row, also by slot; -1 where a logit is not finite.
 
     See reference_decode.pick_tokens. Lines of 16 bytes; one call at a time on a device.
@@ -31,7 +34,8 @@ def pick_tokens(logits: Tensor, picked: Tensor, latest: Tensor, slots: Tensor) -
         checks.index("latest", latest, slots_held),
         checks.index("slots", slots, rows),
     )
-    device = checks.one_gpu(logits, picked, latest, slots)
+    moved = 0 if table is None else checks.array("table", table, checks.INDEX, (COLUMNS, rows))
+    device = checks.one_gpu(logits, picked, latest, slots, *([] if table is None else [table]))
     if not (rows and size):
         return
     blocks = min(BLOCKS, max(AT_ONCE // rows, 1), -(-size // (THREADS * LANES)))
@@ -40,7 +44,7 @@ def pick_tokens(logits: Tensor, picked: Tensor, latest: Tensor, slots: Tensor) -
         device,
         (blocks, rows, 1),
         (THREADS, 1, 1),
-        (address, *places, best.data_ptr(), arrived.data_ptr(), size, stride, slots_held),
+        (address, *places, moved, best.data_ptr(), arrived.data_ptr(), size, stride, slots_held),
     )
 
 
