@@ -42,6 +42,7 @@ class GraphRunner(Runner):
             weakref.WeakKeyDictionary()
         )
 
+    @torch.inference_mode(False)  # it lives as long as the cache
     def decoder(self, cache: Cache) -> Decoder | None:
         """What runs short passes over this cache; None where no kernel fits the model."""
         if cache not in self._decoders:
@@ -142,6 +143,8 @@ class Decoder:
 
     # ---- inside ----
 
+    @torch.inference_mode(False)  # later passes write where this one does, in that mode or not
+    @torch.no_grad()
     def _capture(self, key: tuple[int, int, int], rows: Sequence[Row]) -> Captured:
         writer, height, length = key
         device, tokens = self.latest.device, height * length

@@ -167,6 +167,19 @@ def interrupted(*arguments: object) -> None:
     raise InterruptedError
 
 
+def test_a_draft_in_inference_mode_leaves_graphs_that_are_usable_outside(
+    model: ElasticModel,
+) -> None:
+    cache = model.cache(max_batch=1, max_length=64, max_draft=8)
+    with model.sequence(cache=cache) as sequence:
+        for mode in (True, False, True):
+            with torch.inference_mode(mode), torch.no_grad():
+                sequence.append(PROMPTS[0], model.largest)
+                for params in (SamplingParams(), PARAMS[0]):
+                    sequence.draft(4, model.smallest, params)
+                    sequence.commit(3)
+
+
 def test_logits_that_are_no_numbers_are_refused_at_any_temperature(model: ElasticModel) -> None:
     cache = model.cache(max_batch=1, max_length=32, max_draft=8)
     with model.sequence(cache=cache) as sequence:
