@@ -255,7 +255,7 @@ class Cache:
     def _fold(self, folds: list[Fold], journal: Journal) -> None:
         numbers = [(f.slot.index, f.source, f.count, f.slot.folded, f.writer) for f in folds]
         resident = journal is self.journal
-        if resident and self.kernels.CAPTURABLE and all(f.keep and f.count for f in folds):
+        if resident and self.kernels.CAPTURABLE:
             self._replay(numbers)
             return
         rows, sources, counts, starts, writers = self.index(*numbers)
@@ -279,13 +279,20 @@ class Cache:
         self.kernels.conv_commit(self.window, journal.inputs, rows, sources, counts)
 
     def _replay(self, numbers: Sequence[tuple[int, ...]]) -> None:
-        """The usual commit, every row of the resident journal, as one CUDA graph a row count."""
+        """A commit from the resident journal, as one CUDA graph a row count.
+
+        Whatever the rows keep: an entry 0 that none was kept for does not count.
+        """
         known = self._graphs.get(len(numbers))
-        if known is not None:
-            graph, table = known
-            table.copy_(_pinned(numbers), non_blocking=True)
-            graph.replay()
+        if known is None:
+            self._capture(numbers)
             return
+        graph, table = known
+        table.copy_(_pinned(numbers), non_blocking=True)
+        graph.replay()
+
+    @torch.inference_mode(False)  # later commits fill this table, in that mode or not
+    def _capture(self, numbers: Sequence[tuple[int, ...]]) -> None:
         table = _pinned(numbers).to(self.device)
         self._launch(table)  # compiles what is missing; and this commit is done
         graph = torch.cuda.CUDAGraph()

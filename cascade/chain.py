@@ -96,7 +96,7 @@ def _first(lines: list[_Line], writer: int, decoder: Decoder) -> list[_Picked]:
     found = []
     if known:
         rows = torch.stack([x.sequence._rows[len(x.sequence._drafted)] for x in known])
-        slots = torch.tensor([x.sequence.slot.index for x in known], device=rows.device)
+        (slots,) = known[0].sequence.cache.index(*((x.sequence.slot.index,) for x in known))
         ids = torch.empty_like(slots)
         decoder.pick(rows, ids, slots)
         found.append(_picked(known, rows, ids, decoder))
@@ -112,9 +112,7 @@ def _step(lines: list[_Line], writer: int, decoder: Decoder, token: int | None) 
         sequence = line.sequence
         slot = sequence.slot
         entry = slot.usable(writer)
-        last = (
-            [*sequence._tokens[slot.folded :], *sequence._drafted][-1] if token is None else token
-        )
+        last = (sequence._drafted or sequence._tokens)[-1] if token is None else token
         rows.append((slot.index, slot.folded + entry, entry, [last]))
     captured = decoder.run(writer, rows)
     logits = captured.logits[: len(rows), 0].clone()
@@ -127,13 +125,15 @@ def _step(lines: list[_Line], writer: int, decoder: Decoder, token: int | None) 
 
 
 def _picked(lines: list[_Line], logits: Tensor, ids: Tensor, decoder: Decoder) -> _Picked:
-    """Send the next id of each line to the host: the likeliest of logits [n, V], or a drawn one."""
-    ids = ids.clone()
+    """Send the next id of each line to the host: the likeliest of logits [n, V], or a drawn one.
+
+    ids: [n], the likeliest; the next pass may write there
+    """
     proposals = _draw(lines, logits, ids, decoder)
     for line in lines:
         line.left, line.at = line.left - 1, line.at + 1
     if not ids.is_cuda:
-        return _Picked(lines, ids, proposals)
+        return _Picked(lines, ids.clone(), proposals)
     host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
     host.copy_(ids, non_blocking=True)
     arrived = torch.cuda.Event()

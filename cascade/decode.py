@@ -29,7 +29,8 @@ NO_SLOT = -1  # of a row that only fills up the bucket
 class Table:
     """What a pass runs: numbers of R rows and their ids [R, length], on the device.
 
-    One tensor, so that one copy sets all of it.
+    One tensor, so that one copy sets all of it; and none does where the pass before has left there
+    what the next one runs.
     """
 
     def __init__(self, rows: int, length: int, device: torch.device) -> None:
@@ -38,21 +39,36 @@ class Table:
         columns = self.numbers[: rows * COLUMNS].view(COLUMNS, rows)
         self.slots, self.starts, self.entries, self.counts = columns
         self.ids = self.numbers[rows * COLUMNS :].view(rows, length)
+        self._held: list[int] | None = None  # the numbers, where the host knows them
 
     def fill(self, rows: Sequence[Row]) -> None:
         """Set the rows, at most as many as there are; the others count for nothing."""
+        numbers = self._numbers(rows)
+        held, self._held = self._held, None  # until `moved_on`: a pass may fail half-way
+        if numbers == held:
+            return
+        on_gpu = self.numbers.is_cuda
+        values = torch.tensor(numbers, dtype=torch.int64, pin_memory=on_gpu)
+        self.numbers.copy_(values, non_blocking=on_gpu)
+
+    def moved_on(self, rows: Sequence[Row]) -> None:
+        """A pass over these rows was launched whole, with `pick_tokens` at its end."""
+        self._held = self._numbers(
+            [
+                (slot, start + len(ids), entry + len(ids), [FROM_DEVICE] * len(ids))
+                for slot, start, entry, ids in rows
+            ]
+        )
+
+    def _numbers(self, rows: Sequence[Row]) -> list[int]:
         idle = self.rows - len(rows)
         slots = [slot for slot, *_ in rows] + [NO_SLOT] * idle
         starts = [start for _, start, *_ in rows] + [0] * idle
         entries = [entry for *_, entry, _ in rows] + [0] * idle
         counts = [len(ids) for *_, ids in rows] + [0] * idle
-        flat = [i for *_, ids in rows for i in (*ids, *[0] * (self.length - len(ids)))]
-        flat += [0] * (idle * self.length)
-        on_gpu = self.numbers.is_cuda
-        values = torch.tensor(
-            [*slots, *starts, *entries, *counts, *flat], dtype=torch.int64, pin_memory=on_gpu
-        )
-        self.numbers.copy_(values, non_blocking=on_gpu)
+        padding = [FROM_DEVICE] * self.length
+        flat = [i for *_, ids in rows for i in (*ids, *padding[len(ids) :])]
+        return [*slots, *starts, *entries, *counts, *flat, *padding * idle]
 
 
 class Arena:

@@ -42,6 +42,7 @@ class GraphRunner(Runner):
             weakref.WeakKeyDictionary()
         )
 
+    @torch.inference_mode(False)  # it lives as long as the cache
     def decoder(self, cache: Cache) -> Decoder | None:
         """What runs short passes over this cache; None where no kernel fits the model."""
         if cache not in self._decoders:
@@ -120,13 +121,16 @@ class Decoder:
         )
         captured = self._captured.get(key)
         if captured is None:
-            return self._capture(key, rows)
-        self._captured.move_to_end(key)
-        captured.table.fill(rows)
-        if captured.graph is None:
-            self._pass(captured, writer)
+            captured = self._capture(key, rows)
         else:
-            captured.graph.replay()
+            self._captured.move_to_end(key)
+            captured.table.fill(rows)
+            if captured.graph is None:
+                self._pass(captured, writer)
+            else:
+                captured.graph.replay()
+        if captured.table.length == 1:
+            captured.table.moved_on(rows)
         return captured
 
     def pick(self, logits: Tensor, picked: Tensor, slots: Tensor) -> None:
@@ -139,6 +143,8 @@ class Decoder:
 
     # ---- inside ----
 
+    @torch.inference_mode(False)  # later passes write where this one does, in that mode or not
+    @torch.no_grad()
     def _capture(self, key: tuple[int, int, int], rows: Sequence[Row]) -> Captured:
         writer, height, length = key
         device, tokens = self.latest.device, height * length
@@ -185,7 +191,9 @@ class Decoder:
             captured.plans,
         )
         if table.length == 1:
-            kernels.pick_tokens(captured.buffers.logits, captured.picked, self.latest, table.slots)
+            numbers = table.numbers.view(-1, table.rows)
+            logits, picked = captured.buffers.logits, captured.picked
+            kernels.pick_tokens(logits, picked, self.latest, table.slots, numbers)
 
 
 def bucket_of_rows(rows: int) -> int:

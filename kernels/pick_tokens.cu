@@ -1,27 +1,40 @@
 // The most likely token of each row of logits, the lowest among equals; -1 where any is not finite.
+// The pass that ends here was made from a table, which is moved on to the pass over those tokens.
 #include "ptx.cuh"
 
 typedef unsigned long long u64;
 
 struct Arguments {
-    const float* logits;     // [R, size], rows stride apart
+    const float* logits;     // [R, size], rows stride apart, which 16 bytes divide
     long long* picked;       // [R]
     long long* latest;       // [S]: by slot
     const long long* slots;  // [R]
+    long long* table;        // [5, R]: slots, starts, entries, counts, ids; or null
     u64* best;               // [R, blocks], scratch
     unsigned* arrived;       // [R], zero before and after
     long long size, stride, slots_held;
 };
 
 constexpr int THREADS = 256;
+constexpr int AHEAD = 4;  // loads of a thread that are under way at once
 constexpr u64 BROKEN = ~0ull;
 
 // Orders like the logits, and among equals the lower index is larger.
-__device__ __forceinline__ u64 key_of(float value, long long index) {
+__device__ __forceinline__ u64 key_of(float value, int index) {
     if (!(fabsf(value) <= 3.402823466e38f)) return BROKEN;
     const unsigned bits = __float_as_uint(value);
     const unsigned ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
     return (u64)ordered << 32 | (0xfffffffeu - (unsigned)index);
+}
+
+// The best of four logits from `index` on, of which those behind `size` are padding.
+__device__ __forceinline__ u64 best_of(const float4& quad, int index, int size) {
+    const float values[4] = {quad.x, quad.y, quad.z, quad.w};
+    u64 best = 0;
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        if (index + j < size) best = max(best, key_of(values[j], index + j));
+    return best;
 }
 
 __device__ __forceinline__ u64 block_max(u64 best) {
@@ -34,17 +47,31 @@ __device__ __forceinline__ u64 block_max(u64 best) {
     return best;
 }
 
+__device__ __forceinline__ void move_on(long long* column, int rows) {
+    const long long count = column[3 * rows];
+    column[rows] += count;
+    column[2 * rows] += count;
+    column[4 * rows] = -1;
+}
+
 // grid = (blocks, R)
 extern "C" __global__ void __launch_bounds__(THREADS) pick(const Arguments a) {
     __shared__ bool is_last;
     wait_for_inputs();
     let_next_start();
-    const long long row = blockIdx.y;
+    const long long row = blockIdx.y, slot = a.slots[row];
+    if (a.table && blockIdx.x == 0 && threadIdx.x == 0) move_on(a.table + row, gridDim.y);
     const float* const logits = a.logits + row * a.stride;
+    const int size = (int)a.size, step = (int)gridDim.x * THREADS * 4;
     u64 best = 0;
-    for (long long i = (long long)blockIdx.x * THREADS + threadIdx.x; i < a.size;
-         i += (long long)gridDim.x * THREADS)
-        best = max(best, key_of(logits[i], i));
+    for (int i = ((int)blockIdx.x * THREADS + threadIdx.x) * 4; i < size; i += AHEAD * step) {
+        float4 quads[AHEAD] = {};
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++)
+            if (i + k * step < size) quads[k] = *(const float4*)(logits + i + k * step);
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++) best = max(best, best_of(quads[k], i + k * step, size));
+    }
     best = block_max(best);
     if (threadIdx.x == 0) {
         a.best[row * gridDim.x + blockIdx.x] = best;
@@ -60,7 +87,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) pick(const Arguments a) {
     best = block_max(best);
     if (threadIdx.x) return;
     const long long token = best == BROKEN ? -1ll : (long long)(0xfffffffeu - (unsigned)best);
-    const long long slot = a.slots[row];
     a.picked[row] = token;
     if (slot >= 0 && slot < a.slots_held) a.latest[slot] = token;
 }

@@ -261,11 +261,21 @@ def experts_down(
     x += total.to(x.dtype)
 
 
-def pick_tokens(logits: Tensor, picked: Tensor, latest: Tensor, slots: Tensor) -> None:
+def pick_tokens(
+    logits: Tensor, picked: Tensor, latest: Tensor, slots: Tensor, table: Tensor | None = None
+) -> None:
     """picked [R], latest[slots] <- the likeliest id of each row of logits [R, V] fp32.
 
     The lowest among equals; -1 for a row with a logit that is not finite.
+
+    table: [5, R] slots, starts, entries, counts and ids of the pass that ends here, moved on to
+           the pass over what was picked: starts and entries behind what was run, ids -1
     """
     best = torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
     picked.copy_(best)
     latest[slots[slots >= 0]] = best[slots >= 0]
+    if table is not None:
+        _, starts, entries, counts, ids = table
+        starts += counts
+        entries += counts
+        ids.fill_(-1)

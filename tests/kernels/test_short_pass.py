@@ -151,6 +151,44 @@ def test_embed_tokens(short: Any, device: str) -> None:
     assert torch.equal(hidden, embeddings[torch.tensor([3, 7, 5, 49, 7, 8], device=device)])
 
 
+@pytest.mark.parametrize("size", [999, 1000, 1, 5003, 1029])
+def test_pick_tokens_of_padded_rows(short: Any, device: str, size: int) -> None:
+    """What lies behind a row's last logit is not read as one, wherever the best of it is."""
+    places = sorted({0, size // 2, size - 1})
+    logits = unwritten(len(places), -(-size // 4) * 4, device=device, dtype=F32)[:, :size]
+    logits.copy_(torch.randn(len(places), size, device=device) - 9)
+    for row, place in enumerate(places):
+        logits[row, place] = 1.0
+    picked, latest = (torch.full((3,), -7, device=device) for _ in range(2))
+    picked, slots = picked[: len(places)], torch.arange(len(places), device=device)
+    short.pick_tokens(logits, picked, latest, slots)
+    assert picked.tolist() == latest[: len(places)].tolist() == places
+
+
+def test_pick_tokens_of_a_large_vocabulary(short: Any, device: str) -> None:
+    """More loads than a row's threads have under way at once, in one block a row and in many."""
+    rows, size = (1, 600_001) if device == "cuda" else (520, 5001)
+    logits = torch.randn(rows, size + 3, device=device)[:, :size]
+    picked, slots = (torch.arange(rows, device=device) for _ in range(2))
+    latest = torch.full((rows,), -7, device=device)
+    short.pick_tokens(logits, picked, latest, slots)
+    assert torch.equal(picked, logits.argmax(1)) and torch.equal(latest, picked)
+
+
+def test_pick_tokens_moves_the_table_on(short: Any, device: str) -> None:
+    """Of the rows that count; by the kernel as by its definition."""
+    columns = [[2, -1, 0], [9, 0, 31], [4, 0, 0], [1, 0, 1], [17, -1, -1]]
+    moved = [[2, -1, 0], [10, 0, 32], [5, 0, 1], [1, 0, 1], [-1, -1, -1]]
+    logits = torch.randn(3, 1000, device=device)
+    for pick in (short.pick_tokens, reference.pick_tokens):
+        table = torch.tensor(columns, device=device)
+        latest, picked = torch.full((3,), -7, device=device), torch.full((3,), -7, device=device)
+        pick(logits, picked, latest, table[0], table)
+        assert picked.tolist() == logits.argmax(1).tolist()
+        assert latest.tolist() == [picked[2], -7, picked[0]]
+        assert table.tolist() == moved
+
+
 def test_pick_tokens(short: Any, device: str) -> None:
     logits = torch.randn(6, 1000, device=device)
     logits[1, 3] = math.nan
