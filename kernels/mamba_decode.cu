@@ -1,209 +1,275 @@
 // The step of mamba.cuh for one new token a row.
 //
 // A block takes several heads of one group, which share B and C: it convolves what they need once, and
-// then streams their states, the next one always under way.
+// then streams their states and what the journal holds of their x, the next head's always under way.
+// What passes before have written is asked for before this kernel's turn. Then every way to memory and
+// every barrier counts: one and two of them until y.
 #include "mamba.cuh"
 
-// Two neighbouring channels of bf16.
-__device__ __forceinline__ float2 two(const bf16* from) {
-    const unsigned raw = *reinterpret_cast<const unsigned*>(from);
+__device__ __forceinline__ float2 two(unsigned raw) {
     return {__uint_as_float(raw << 16), __uint_as_float(raw & 0xffff0000u)};
 }
 
-// The taps of two neighbouring channels, their bias and the inputs before the new one.
-struct Channels {
-    float first[TAPS], second[TAPS];
-    float2 history[TAPS - 1], bias;
+// Line i of a matrix of lines of `width`.
+template <typename T>
+__device__ __forceinline__ T* line(T* matrix, long long i, unsigned width) {
+    return matrix + (unsigned)i * (unsigned long long)width;
+}
 
-    __device__ __forceinline__ void load(const Arguments& a, const Row& row, int channel, int channels) {
-        const uint4 raw = *reinterpret_cast<const uint4*>(a.conv + channel * TAPS);
-        float taps[2 * TAPS];
-        unpack(raw, taps);
-#pragma unroll
-        for (int k = 0; k < TAPS; k++) first[k] = taps[k], second[k] = taps[TAPS + k];
-        bias = a.conv_bias ? two(a.conv_bias + channel) : float2{0.f, 0.f};
-        const bf16* const entries = a.inputs + row.source * a.entries_held * channels + channel;
-        const bf16* const before = a.window + (row.slot + 1) * (TAPS - 1) * channels + channel;
+// The taps of four neighbouring channels, their bias and the inputs before the new one, as stored.
+struct Channels {
+    uint4 taps[2];
+    uint2 history[TAPS - 1], bias;
+
+    // entries, before: the first entry's inputs, and those of the token after the window
+    __device__ __forceinline__ void load(const Arguments& a, const bf16* entries, const bf16* before,
+                                         int old, int channel, int channels) {
+        const uint4* const own = reinterpret_cast<const uint4*>(a.conv + channel * TAPS);
+        taps[0] = own[0], taps[1] = own[1];
+        bias = a.conv_bias ? quad(a.conv_bias + channel) : make_uint2(0, 0);
 #pragma unroll
         for (int k = 0; k < TAPS - 1; k++) {
-            const int at = row.old - (TAPS - 1) + k;  // an entry, or before the first one
-            history[k] = two((at >= 0 ? entries : before) + at * channels);
+            const int at = old - (TAPS - 1) + k;
+            history[k] = quad((at >= 0 ? entries : before) + at * channels + channel);
         }
     }
 
-    // Both convolved with the new inputs, as two bf16.
-    __device__ __forceinline__ unsigned next(unsigned raw) const {
-        float x = fmaf(first[TAPS - 1], __uint_as_float(raw << 16), bias.x);
-        float y = fmaf(second[TAPS - 1], __uint_as_float(raw & 0xffff0000u), bias.y);
+    // All convolved with the new inputs.
+    __device__ __forceinline__ uint2 next(uint2 raw) const {
+        unsigned value[2];
 #pragma unroll
-        for (int k = 0; k < TAPS - 1; k++) {
-            x = fmaf(history[k].x, first[k], x);
-            y = fmaf(history[k].y, second[k], y);
+        for (int half = 0; half < 2; half++) {
+            float tap[2 * TAPS];
+            unpack(taps[half], tap);
+            float2 sum = two(half ? bias.y : bias.x), x = two(half ? raw.y : raw.x);
+            sum = {fmaf(tap[TAPS - 1], x.x, sum.x), fmaf(tap[2 * TAPS - 1], x.y, sum.y)};
+#pragma unroll
+            for (int k = 0; k < TAPS - 1; k++) {
+                x = two(half ? history[k].y : history[k].x);
+                sum = {fmaf(x.x, tap[k], sum.x), fmaf(x.y, tap[TAPS + k], sum.y)};
+            }
+            sum = two(narrow(sum.x, sum.y));
+            value[half] = narrow(silu(sum.x), silu(sum.y));
         }
-        x = silu(widen((bf16)narrow(x))), y = silu(widen((bf16)narrow(y)));
-        return narrow(x) | narrow(y) << 16;
+        return {value[0], value[1]};
     }
 };
 
-// blockDim = 4 P; grid = (H / heads a block, R)
-// shared, fp32: x [heads * P], y of the journal likewise, B [N], C [N], C . B [E], weight [heads, E],
-// kept [heads], squares [heads, warps]; E = entries held
+__device__ __forceinline__ void add_products(float4& sum, const float4& a, const float4& b) {
+    sum.x = fmaf(a.x, b.x, sum.x), sum.y = fmaf(a.y, b.y, sum.y);
+    sum.z = fmaf(a.z, b.z, sum.z), sum.w = fmaf(a.w, b.w, sum.w);
+}
+
+__device__ __forceinline__ float all_of(const float4& sum) { return sum.x + sum.y + (sum.z + sum.w); }
+
+__device__ __forceinline__ float over_four(float x) {
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// Lane 4 r + q gets the sum of sums[r] over the lanes 4 i + q.
+__device__ __forceinline__ float spread(float (&sums)[8]) {
+#pragma unroll
+    for (int half = 4; half; half /= 2) {
+        const bool upper = threadIdx.x & 4 * half;
+#pragma unroll
+        for (int r = 0; r < half; r++) {
+            const float given = upper ? sums[r] : sums[half + r];
+            sums[r] = (upper ? sums[half + r] : sums[r]) + __shfl_xor_sync(~0u, given, 4 * half);
+        }
+    }
+    return sums[0];
+}
+
+// y = decay (kept C h + sum_j weight_j (C . B_j) x_j) + (step C . B + skip) x
+struct Factors {
+    float decay, kept, step, skip;
+};
+
+constexpr int HEADS = 8, ROWS = 64;  // at most, of a block and of a head
+
+// blockDim = 4 P; grid = (heads of a group / heads a block, G, R). Four threads share row p of a state,
+// each a quarter of its columns in pieces of four; a warp's eight rows are 16 bytes of an entry's x.
+// shared, E = entries held; bf16: B [E, N + 16], x [1 or 2 heads, warps, E, 8]; fp32: C . B [E],
+// weight [heads, E]
 template <typename State, int N>
 __device__ __forceinline__ void step(const Arguments& a) {
-    constexpr int PIECES = N / 16;
+    constexpr int PIECES = N / 16, LINE = N + 16;  // so that eight entries are in different banks
     extern __shared__ float4 given[];
-    const int threads = blockDim.x, thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-    const int warps = threads / 32, rows = threads / 4, many = (int)a.heads_a_block;
-    const int heads = (int)a.heads, groups = (int)a.groups, head = blockIdx.x * many;
-    const int heads_of_group = heads / groups, group = head / heads_of_group;
-    const int inner = heads * rows, channels = inner + 2 * groups * N, width = inner + groups * N;
-    const int held = (int)a.entries_held, token = blockIdx.y;
-    const int p = thread / 4, quarter = thread % 4;
+    alignas(16) __shared__ float read[N], fresh[HEADS * ROWS];  // C; new x, later y^2
+    __shared__ Factors factors[HEADS];
+    const unsigned threads = blockDim.x, thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+    const unsigned rows = threads / 4, p = thread / 4, quarter = thread % 4;
+    const unsigned group = blockIdx.y, groups = gridDim.y, token = blockIdx.z;
+    const int many = (int)a.heads_a_block, heads = (int)a.heads, held = (int)a.entries_held;
+    const int head = (int)(group * gridDim.x + blockIdx.x) * many;
+    const int inner = heads * rows, width = inner + groups * N, channels = width + groups * N;
     const Row row(a, token);
+    const int old = row.old;
 
-    float* const x = reinterpret_cast<float*>(given);
-    float* const y_old = x + many * rows;
-    float* const write = y_old + many * rows;
-    float* const read = write + N;
-    float* const products = read + N;
-    float* const weight = products + held;
-    float* const kept = weight + many * held;
-    float* const partial = kept + many;
-    const bf16* const projected = a.projected + token * a.stride;
-    const long long journal = row.source * held;
+    bf16* const write = reinterpret_cast<bf16*>(given);
+    bf16* const x = write + held * LINE;
+    float* const products = reinterpret_cast<float*>(x + (many > 1 ? 2 : 1) * held * rows);
+    float* const weights = products + held;
 
     // What is committed, and the journal of passes before: nothing that this step waits for.
-    float4 h[PIECES], coming[PIECES];
-    const State* const states =
-        static_cast<const State*>(a.state) + ((row.slot * heads + head) * rows + p) * N + quarter * 4;
+    const unsigned journal = (unsigned)row.source * held;
+    bf16* const inputs = line(a.inputs, journal, channels);
+    bf16* const scanned = line(a.scanned, journal, width);
+    float* const dt = line(a.dt, journal, heads) + head;
+    const State* const states = line(static_cast<const State*>(a.state), row.slot, heads * rows * N) +
+                                (head * rows + p) * N + quarter * 4;
     const auto fetch = [&](int i, float4(&to)[PIECES]) {
 #pragma unroll
         for (int piece = 0; piece < PIECES; piece++)
-            to[piece] = load_four(states + (long long)i * rows * N + piece * 16);
+            to[piece] = load_four(states + i * rows * N + piece * 16);
     };
-    // A pair of x's channels for each of the first threads, and one of B's or C's.
-    const bool has_x = thread < many * rows / 2, has_bc = thread < N;
-    const int channel = head * rows + 2 * thread;
-    const int own = 2 * thread < N ? group * N + 2 * thread : (groups + group) * N + 2 * thread - N;
-    Channels mine, its;
-    const int my_head = head + min(warp, many - 1);  // whose step this warp works out
-    const float rate = a.decay[my_head], dt_bias = widen(a.dt_bias[my_head]);
-    const float skip = has_x ? widen(a.skip[head + 2 * thread / rows]) : 0.f;
+    const auto x_of = [&](int i) { return x + (i % 2 * rows + warp * 8) * held; };
+    const auto copy_x = [&](int i) {
+#pragma unroll 1
+        for (int j = lane; j < old; j += 32)
+            copy_near<16>(x_of(i) + j * 8, scanned + j * width + (head + i) * rows + warp * 8);
+        close_group();
+    };
+    // Four channels a thread: x of all heads, B, C. The last warps have a head each to weigh.
+    const int at = 4 * thread, at_b = at - many * (int)rows;
+    const bool has_channels = at_b < 2 * N, is_x = at_b < 0, is_c = at_b >= N;
+    const int channel =
+        is_x ? head * rows + at : inner + group * N + at_b + (is_c ? (groups - 1) * N : 0);
+    const int place = threads / 32 - 1 - warp, its = min(place, many - 1);
+    const bool weighs = place < many;
+    float* const weight = weights + its * held;
+    const float rate = a.decay[head + its];
+    const bf16 dt_bias = a.dt_bias[head + its], skip = a.skip[head + its];
+    float4 h[PIECES], coming[PIECES];
+    Channels mine;
     if (row.usable) {
         fetch(0, h);
-        if (has_x) mine.load(a, row, channel, channels);
-        if (has_bc) its.load(a, row, inner + own, channels);
+        if (has_channels)
+            mine.load(a, inputs, line(a.window, row.slot + 1, (TAPS - 1) * channels), old, channel,
+                      channels);
+        if (weighs)
+#pragma unroll 1
+            for (int j = old - 1 - (int)lane; j >= 0; j -= 32)
+                copy_near<4>(weight + j, dt + j * heads + its);
+#pragma unroll 1
+        for (unsigned i = thread; i < old * (N / 8); i += threads) {
+            const unsigned j = i / (N / 8), n = i % (N / 8) * 8;
+            copy_near<16>(write + j * LINE + n, scanned + j * width + inner + group * N + n);
+        }
+        copy_x(0);
     }
+    const bf16* const projected = line(a.projected, token, (unsigned)a.stride);
+    bf16* const out = line(a.out, token, inner) + head * rows;
+    float* const squares = line(a.squares, token, heads) + head;
     wait_for_inputs();
     let_next_start();
     if (!row.usable) {
 #pragma unroll 1
-        for (int i = thread; i < many * rows; i += threads)
-            a.out[token * inner + head * rows + i] = 0;
-        if (thread < many) a.squares[token * heads + head + thread] = 0.f;
+        for (int i = thread; i < many * rows; i += threads) out[i] = 0;
+        if (thread < many) squares[thread] = 0.f;
         return;
     }
 
     // All that this step reads of the projection, asked for at once.
-    const long long entry = journal + row.old;
-    const bf16* const projected_x = projected + inner + channel;
-    const unsigned raw_x = has_x ? *reinterpret_cast<const unsigned*>(projected_x) : 0;
-    const unsigned raw_bc =
-        has_bc ? *reinterpret_cast<const unsigned*>(projected + 2 * inner + own) : 0;
-    const float raw_dt = widen(projected[inner + channels + my_head]);
-    float gate = widen(projected[head * rows + p]);
-    if (has_x) {
-        const unsigned raw = raw_x, value = mine.next(raw);
-        *reinterpret_cast<unsigned*>(a.inputs + entry * channels + channel) = raw;
-        *reinterpret_cast<unsigned*>(a.scanned + entry * width + channel) = value;
-        x[2 * thread] = __uint_as_float(value << 16);
-        x[2 * thread + 1] = __uint_as_float(value & 0xffff0000u);
-    }
-    if (has_bc) {
-        const unsigned raw = raw_bc, value = its.next(raw);
-        const bool is_b = 2 * thread < N;
-        if (head == group * heads_of_group) {
-            *reinterpret_cast<unsigned*>(a.inputs + entry * channels + inner + own) = raw;
-            if (is_b) *reinterpret_cast<unsigned*>(a.scanned + entry * width + inner + own) = value;
-        }
-        float* const to = is_b ? write + 2 * thread : read + 2 * thread - N;
-        to[0] = __uint_as_float(value << 16), to[1] = __uint_as_float(value & 0xffff0000u);
-    }
-    __syncthreads();
+    const bf16* const gates = projected + head * rows + p;
+    const uint2 raw = has_channels ? quad(projected + inner + channel) : make_uint2(0, 0);
+    const bf16 raw_dt = projected[inner + channels + head + its];
+    bf16 gate = gates[0];
 
-    // C . B_j of the journal's entries and of the new token: a warp an entry.
-    for (int j = warp; j <= row.old; j += warps) {
-        const bf16* const from = a.scanned + (journal + j) * width + inner + group * N;
-        float dot = 0.f;
-        for (int n = lane; n < N; n += 32)
-            dot = fmaf(read[n], j == row.old ? write[n] : widen(from[n]), dot);
-        dot = over_warp(dot);
-        if (lane == 0) products[j] = dot;
-    }
-    __syncthreads();
-
-    // weight_j = exp(c - c_j) dt_j (C . B_j): a warp a head, from the new token backwards.
-    if (warp < many) {
-        const int i = warp;
-        const float fresh_step = fmaxf(softplus(raw_dt + dt_bias), __int_as_float((int)a.min_step));
-        if (lane == 0) a.dt[entry * heads + head + i] = fresh_step;
+    // weight_j = dt_j exp(c - c_j), c and all sums before the new token.
+    if (weighs) {
+        wait_for_group<0>();
         float after = 0.f;  // the sum of dt over the entries that come later
-        for (int last = row.old; last >= 0; last -= 32) {
-            const int j = last - lane;
-            const float dt = j < 0            ? 0.f
-                             : j == row.old ? fresh_step
-                                            : a.dt[(journal + j) * heads + head + i];
-            const float through = sum_through(dt) + after;
-            if (j >= 0) weight[i * held + j] = products[j] * dt * __expf(rate * (through - dt));
+#pragma unroll 1
+        for (int last = old - 1; last >= 0; last -= 32) {
+            const int j = last - (int)lane;
+            const float own = j < 0 ? 0.f : weight[j];
+            const float through = sum_through(own) + after;
+            if (j >= 0) weight[j] = own * __expf(rate * (through - own));
             after = __shfl_sync(~0u, through, 31);
         }
-        if (lane == 0) kept[i] = __expf(rate * after);
-    }
-    __syncthreads();
-
-    if (has_x) {
-        const int i = 2 * thread / rows;
-        const float now = skip + weight[i * held + row.old];
-        float2 y = {now * x[2 * thread], now * x[2 * thread + 1]};
-#pragma unroll 4
-        for (int j = 0; j < row.old; j++) {
-            const float2 v = two(a.scanned + (journal + j) * width + channel);
-            const float w = weight[i * held + j];
-            y.x = fmaf(w, v.x, y.x), y.y = fmaf(w, v.y, y.y);
+        const float raw = softplus(widen(raw_dt) + widen(dt_bias));
+        const float step = fmaxf(raw, __int_as_float((int)a.min_step));
+        if (lane == 0) {
+            factors[its] = {__expf(rate * step), __expf(rate * after), step, widen(skip)};
+            dt[old * heads + its] = step;
         }
-        y_old[2 * thread] = y.x, y_old[2 * thread + 1] = y.y;
     }
+    if (has_channels) {
+        const uint2 value = mine.next(raw);
+        if (is_x || is_c)
+            *reinterpret_cast<float4*>(is_x ? fresh + at : read + at_b - N) = widen(value);
+        else
+            *reinterpret_cast<uint2*>(write + old * LINE + at_b) = value;
+        if (is_x || blockIdx.x == 0) {
+            *reinterpret_cast<uint2*>(inputs + old * channels + channel) = raw;
+            if (!is_c) *reinterpret_cast<uint2*>(scanned + old * width + channel) = value;
+        }
+    }
+    wait_for_group<0>();
     __syncthreads();
 
-#pragma unroll 1
-    for (int i = 0; i < many; i++) {
-        float coming_gate = 0.f;
+    const float* const own_read = read + quarter * 4;
+    for (int i = 0;;) {
+        const float opened = silu(widen(gate));
         if (i + 1 < many) {
             fetch(i + 1, coming);
-            coming_gate = widen(projected[(head + i + 1) * rows + p]);
+            copy_x(i + 1);
+            gate = gates[(i + 1) * rows];
         }
-        float y = 0.f;
+        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
-        for (int piece = 0; piece < PIECES; piece++) {
-            const float4 c = *reinterpret_cast<const float4*>(read + piece * 16 + quarter * 4);
-            y += h[piece].x * c.x + h[piece].y * c.y + h[piece].z * c.z + h[piece].w * c.w;
+        for (int piece = 0; piece < PIECES; piece++)
+            add_products(sum, h[piece], four(own_read + piece * 16));
+        if (i == 0) {
+            // C . B_j of the journal's entries and of the new token: four lanes an entry.
+#pragma unroll 1
+            for (int first = warp * 8; first <= old; first += rows) {
+                const int j = min(first + (int)lane / 4, old);
+                const bf16* const own = write + j * LINE + quarter * 4;
+                float4 dot = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+                for (int piece = 0; piece < PIECES; piece++)
+                    add_products(dot, four(own + piece * 16), four(own_read + piece * 16));
+                products[j] = over_four(all_of(dot));
+            }
+            __syncthreads();
         }
-        y += __shfl_xor_sync(~0u, y, 1);
-        y += __shfl_xor_sync(~0u, y, 2);
-        y = fmaf(y, kept[i], y_old[i * rows + p]) * silu(gate);
-        if (quarter == 0) a.out[token * inner + (head + i) * rows + p] = (bf16)narrow(y);
-        const float square = over_warp(quarter == 0 ? y * y : 0.f);
-        if (lane == 0) partial[i * warps + warp] = square;
+        const Factors by = factors[i];
+        float y = by.kept * all_of(sum);
+        if (old) {  // an entry a lane
+            float sums[8] = {};
+#pragma unroll 1
+            for (int j = lane; j < old; j += 32) {
+                const float w = weights[i * held + j] * products[j];
+                float v[8];
+                unpack(*reinterpret_cast<const uint4*>(x_of(i) + j * 8), v);
+#pragma unroll
+                for (int r = 0; r < 8; r++) sums[r] = fmaf(w, v[r], sums[r]);
+            }
+            y += spread(sums);
+        }
+        float& own = fresh[i * rows + p];
+        const float now = fmaf(by.step, products[old], by.skip) * own;
+        y = fmaf(by.decay, over_four(y), now) * opened;
+        __syncwarp();  // before the lanes of a row lose its x
+        if (quarter == 0) {
+            out[i * rows + p] = (bf16)narrow(y, 0.f);
+            own = y * y;
+        }
+        if (++i == many) break;
 #pragma unroll
         for (int piece = 0; piece < PIECES; piece++) h[piece] = coming[piece];
-        gate = coming_gate;
+        wait_for_group<0>();
     }
     __syncthreads();
-    if (thread < many) {
+    if (warp < many) {
         float square = 0.f;
 #pragma unroll 1
-        for (int w = 0; w < warps; w++) square += partial[thread * warps + w];
-        a.squares[token * heads + head + thread] = square;
+        for (unsigned i = lane; i < rows; i += 32) square += fresh[warp * rows + i];
+        square = over_warp(square);
+        if (lane == 0) squares[warp] = square;
     }
 }
 

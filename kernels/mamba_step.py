@@ -19,9 +19,9 @@ def largest_size(head_dim: int) -> int:
 
 
 def shared_bytes(entries: int, head_dim: int, size: int) -> int:
-    """Shared memory that a block needs at most, for journals of `entries` tokens."""
+    """Shared memory that a block needs at least, for journals of `entries` tokens."""
     return max(
-        mamba_decode.shared_bytes(entries, head_dim, size, mamba_decode.MOST_HEADS),
+        mamba_decode.shared_bytes(entries, head_dim, size, 1),
         mamba_verify.shared_bytes(entries, head_dim, size),
     )
 
@@ -82,10 +82,8 @@ def mamba_step(
     shared = shared_bytes(held, head_dim, size)
     checks.within("the journal's entries J, by shared memory,", shared, 0, LARGEST_SHARED)
     lines = sources_held, held
-    states = checks.array("state", state, checks.STORED, state.shape)
-    checks.aligned("state", states)
     places = (
-        states,
+        checks.array("state", state, checks.STORED, state.shape),
         checks.array("window", window, _BF16, (slots_held, TAPS - 1, channels)),
         checks.array("inputs", inputs, _BF16, (*lines, channels)),
         checks.array("scanned", scanned, _BF16, (*lines, inner + groups * size)),
@@ -102,6 +100,9 @@ def mamba_step(
         checks.index("entries", entries, rows),
         checks.index("counts", counts, rows),
     )
+    vectors = "state", "window", "inputs", "scanned", "dt", "conv", "conv_bias"
+    for name, place in zip(vectors, places, strict=False):
+        checks.aligned(name, place)
     given = [] if conv_bias is None else [conv_bias]
     device = checks.one_gpu(
         projected, state, window, *journal, conv, *given, dt_bias, decay, skip, slots, sources,

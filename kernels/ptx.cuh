@@ -12,6 +12,16 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool is_t
                  : "memory");
 }
 
+// Copy 4, 8 or 16 bytes in the background through L1, which serves pieces of lines to several warps.
+template <int BYTES>
+__device__ __forceinline__ void copy_near(void* to, const void* from) {
+    const unsigned address = (unsigned)__cvta_generic_to_shared(to);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;"
+                 :
+                 : "r"(address), "l"(from), "n"(BYTES)
+                 : "memory");
+}
+
 // Close a group of copies.
 __device__ __forceinline__ void close_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

@@ -209,11 +209,20 @@ def test_pick_tokens(short: Any, device: str) -> None:
 
 @pytest.mark.parametrize(
     ("rows", "length", "old", "blocks"),
-    [(1, 1, 0, 128), (3, 1, 5, 128), (3, 1, 5, 1), (2, 9, 3, 128), (3, 20, 4, 128)],
+    [(1, 1, 0, 128), (3, 1, 5, 128), (3, 1, 5, 1), (2, 9, 3, 128), (3, 20, 4, 128)]
+    # With 150 entries several heads of the largest do not fit into a block.
+    + [(3, 1, old, 1) for old in (0, 1, 15, 16, 17, 33, 64, 150)],
 )
 @pytest.mark.parametrize(
     ("heads", "dim", "size", "groups", "state_dtype"),
-    [(4, 32, 32, 1, F32), (8, 8, 16, 2, F32), (4, 64, 128, 2, BF16), (4, 24, 64, 4, F32)],
+    [
+        (4, 32, 32, 1, F32),
+        (8, 8, 16, 2, F32),
+        (4, 64, 128, 2, BF16),
+        (4, 24, 64, 4, F32),
+        (8, 64, 128, 1, F32),
+        (6, 64, 16, 1, F32),
+    ],
 )
 def test_mamba_step(
     short: Any,
@@ -230,7 +239,7 @@ def test_mamba_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(mamba_decode, "BLOCKS", blocks)
-    held, slots_held = 26, rows + 2
+    held, slots_held = max(26, old * 5 // 4), rows + 2
     inner, channels = heads * dim, heads * dim + 2 * groups * size
     width, columns = inner + groups * size, inner + channels + heads
     slots = torch.randperm(slots_held, device=device)[:rows]

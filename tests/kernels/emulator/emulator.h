@@ -96,11 +96,19 @@ inline unsigned atomicInc(unsigned* place, unsigned most) {
 
 // ---- fibers ----
 
+struct Copy {
+    void* to;
+    const void* from;
+    int bytes, group;
+};
+
 struct Fiber {
     ucontext_t context;
     char* stack;
     bool done;
     Dim index;
+    std::vector<Copy> copies;
+    int groups;
 };
 
 struct Warp {
@@ -179,19 +187,30 @@ inline unsigned __reduce_min_sync(unsigned, unsigned own) {
 
 // ---- ptx.cuh ----
 
-inline void copy_async(void* to, const void* from, bool is_there) {
-    if (is_there && (uintptr_t)from % 16) {
-        fprintf(stderr, "a 16-byte copy from %p\n", from);
+// Copies arrive when they are waited for, not earlier.
+template <int BYTES>
+inline void copy_near(void* to, const void* from) {
+    if ((uintptr_t)from % BYTES || (uintptr_t)to % BYTES) {
+        fprintf(stderr, "a copy of %d bytes from %p to %p\n", BYTES, from, to);
         abort();
     }
-    if (is_there)
-        memcpy(to, from, 16);
-    else
-        memset(to, 0, 16);
+    fibers[current].copies.push_back({to, from, BYTES, fibers[current].groups});
 }
-inline void close_group() {}
+inline void copy_async(void* to, const void* from, bool is_there) {
+    alignas(16) static const char nothing[16] = {};
+    copy_near<16>(to, is_there ? from : nothing);
+}
+inline void close_group() { fibers[current].groups++; }
 template <int N>
-inline void wait_for_group() {}
+inline void wait_for_group() {
+    std::vector<Copy> later;
+    for (const Copy& copy : fibers[current].copies)
+        if (copy.group < fibers[current].groups - N)
+            memcpy(copy.to, copy.from, copy.bytes);
+        else
+            later.push_back(copy);
+    fibers[current].copies = later;
+}
 
 inline float bf16_of(unsigned word, int half) {
     return __uint_as_float(half ? word & 0xffff0000u : word << 16);

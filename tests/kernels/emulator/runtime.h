@@ -34,6 +34,8 @@ static void run_block(unsigned threads, size_t shared) {
         Fiber& fiber = fibers[i];
         warps[i / 32].alive++;
         fiber.done = false;
+        fiber.copies.clear();
+        fiber.groups = 0;
         fiber.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack;
