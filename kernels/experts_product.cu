@@ -93,7 +93,7 @@ __device__ __forceinline__ void route(const Arguments& a) {
                     square = fmaf(u[i], u[i], square), dot = fmaf(u[i] * w[i], v[i], dot);
             }
             dots[own] = over_warp(dot), squares[own] = over_warp(square);
-            team.meet();
+            team.meet(1 + WARPS / 2);
             if (team.thread() == 0) {
                 dot = square = 0.f;
 #pragma unroll 1
@@ -101,7 +101,7 @@ __device__ __forceinline__ void route(const Arguments& a) {
                 write_logit(a.choice.logits + token * a.choice.experts + expert,
                             dot * rsqrtf(__fdividef(square, (int)a.depth) + eps));
             }
-            team.meet();
+            team.meet(1 + WARPS / 2);
         }
 }
 

@@ -26,7 +26,8 @@ def experts_up(
     if shared and tokens <= SHARED_WIDTHS[-1] and tokens * choice.top_k <= MOST_PICKS:
         experts_pairs_up(x, norm, eps, up, plan, inner, shared_up, dense, choice)
         return
-    products = [choice.router, shared_up], [plan.logits, dense], ["store", "relu2"]
-    norm_linear(x, *products, norm, eps=eps)
+    norm_linear(
+        x, [choice.router, shared_up], [plan.logits, dense], ["store", "relu2"], norm, eps=eps
+    )
     choose_experts(plan.logits, *choice[1:], plan)
     experts_pairs_up(x, norm, eps, up, plan, inner)

@@ -11,7 +11,8 @@ from torch import Tensor
 class Choice(NamedTuple):
     """What the experts of each token are chosen by; see `reference.route`.
 
-    router:    [E, K], possibly a prefix view; bias: [E] fp32, added to the scores for the choice alone
+    router:    [E, K], possibly a prefix view
+    bias:      [E] fp32, added to the scores for the choice alone
     counts:    [R], tokens that count of each row; the others choose none
     normalise: whether a token's weights are divided by their sum; scale: their factor
     """

@@ -230,8 +230,7 @@ def experts_up(
     inner [n * k, F] <- relu(up(x)) ** 2 of the pairs, in their order; up [E, F, K], likewise
     """
     logits = torch.empty(len(x), len(choice.router), dtype=torch.float32, device=x.device)
-    products = [choice.router, shared_up], [logits, dense], ["store", "relu2"]
-    norm_linear(x, *products, norm, eps=eps)
+    norm_linear(x, [choice.router, shared_up], [logits, dense], ["store", "relu2"], norm, eps=eps)
     choose_experts(logits, *choice[1:], plan)
     x = layers.rms_norm(x, norm, eps)
     for expert, first, count in plan.items[:, : int(plan.counts[0])].T.tolist():

@@ -37,7 +37,7 @@ def team(blocks: int, rows: int, tokens: int) -> int:
 
 
 def shares(blocks: int, team: int, rows: int) -> tuple[int, int, int]:
-    """What a kernel needs to share rows among teams: log2 of their size, rows of each, and the rest."""
+    """For a kernel whose teams share rows: log2 of a team's warps, its rows, and rows left over."""
     return logarithm(team), *divmod(rows, blocks * WARPS // team)
 
 
