@@ -119,24 +119,25 @@ struct Lists {
     unsigned char token[MOST];  // of a pair
 };
 
-// The same lists where there is one token: its experts in ascending order.
+// The same lists where there is one token, by the warp that has chosen: its experts in ascending order.
 __device__ __forceinline__ void list_one(const Choice& a, const int* picks, Lists* own) {
-    const int top_k = (int)a.top_k, thread = threadIdx.x;
-    if (thread == 0) own->count = picks[0] < 0 ? 0 : top_k;
-    if (thread >= top_k) return;
+    const int top_k = (int)a.top_k, lane = threadIdx.x % 32;
+    __syncwarp();
+    if (lane == 0) own->count = picks[0] < 0 ? 0 : top_k;
+    if (lane >= top_k) return;
     int place = 0;
 #pragma unroll 1
-    for (int i = 0; i < top_k; i++) place += picks[i] < picks[thread];
-    own->items[place] = picks[thread] | 1 << 8 | place << 16;
+    for (int i = 0; i < top_k; i++) place += picks[i] < picks[lane];
+    own->items[place] = picks[lane] | 1 << 8 | place << 16;
     own->token[place] = 0;
 }
 
-// The lists, by a block of MOST threads, from the bits of all tokens: those that the block keeps,
-// unless there are none, and those of `a`, if it writes them. pairs_before: [MOST], scratch
+// The lists, by a block of MOST threads or a warp more, from the bits of all tokens: those that the block
+// keeps, unless there are none, and those of `a`, if it writes them. pairs_before: [MOST + 32], scratch
 __device__ __forceinline__ void make_lists(const Choice& a, const unsigned* bits, const int* picks,
                                            const float* shares, int* pairs_before, Lists* own,
                                            bool writes) {
-    __shared__ u64 warps[MOST / 32];
+    __shared__ u64 warps[MOST / 32 + 1];
     const int tokens = (int)a.tokens, experts = (int)a.experts, top_k = (int)a.top_k;
     const int words = (tokens + 31) / 32, thread = threadIdx.x, lane = thread % 32;
     const volatile unsigned* const set = bits;
@@ -176,7 +177,7 @@ __device__ __forceinline__ void make_lists(const Choice& a, const unsigned* bits
     }
     __syncthreads();
 #pragma unroll 1
-    for (int i = thread; i < tokens * top_k; i += MOST) {
+    for (int i = thread; i < tokens * top_k; i += blockDim.x) {
         const int token = i / top_k, expert = ((const volatile int*)picks)[i];
         const float share = ((const volatile float*)shares)[i];
         if (expert < 0) {

@@ -8,7 +8,7 @@ constexpr int THREADS = MOST;
 // grid = (tokens / warps)
 extern "C" __global__ void __launch_bounds__(THREADS) choose(const Arguments a) {
     __shared__ bool is_last;
-    __shared__ int pairs_before[MOST];
+    __shared__ int pairs_before[MOST + 32];
     wait_for_inputs();
     let_next_start();
     const int token = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;

@@ -1,9 +1,9 @@
 // Products with the weights of the chosen experts, for their (token, expert) pairs: relu(up(norm(x))) ** 2
 // into bf16, or down(inner) into fp32.
 //
-// The first half may begin with the router's product, by a few blocks, and that of the shared expert,
-// which needs no choice: the other blocks go through their share of it meanwhile. Then every block
-// chooses for itself, which takes less time than to wait for one that does it for all. Blocks start in
+// The first half may begin with the router's product, by the first blocks, and that of the shared expert,
+// which needs no choice. Then every block chooses for itself, which takes less time than to wait for one
+// that does it for all; a warp beside those that multiply does so while these are busy. Blocks start in
 // the order of their numbers, so those that all others wait for are always there.
 #include "choose.cuh"
 #include "tile_stream.cuh"
@@ -32,26 +32,32 @@ __device__ __forceinline__ bf16 activated(float x) {
     return (bf16)narrow(relu_squared(widen((bf16)narrow(x))));
 }
 
-// Wait for the logits and choose, into lists of this block's own. The last block, which has the least to
-// do before, writes those of all before the next kernel may start; that may read them before it waits.
-// Returns how many blocks have read the logits before, to thread 0.
-__device__ __forceinline__ unsigned choose_here(const Choice& choice, void* scratch, Lists* own) {
-    unsigned* const bits = static_cast<unsigned*>(scratch);
-    int* const picks = reinterpret_cast<int*>(bits + MOST);
-    int* const pairs_before = picks + MOST;
-    float* const shares = reinterpret_cast<float*>(pairs_before + MOST);
-    const bool writes = blockIdx.x == gridDim.x - 1;
-    bits[threadIdx.x] = 0;
-    __syncthreads();
+constexpr int CHOOSER = WARPS;  // the warp of a block that does not multiply but choose
+
+// The choice of a block, and what it takes.
+struct Choosing {
+    unsigned bits[MOST];
+    int picks[MOST], pairs_before[MOST + 32];
+    float shares[MOST];
+    Lists own;
+};
+
+// Wait for the logits and choose, into lists of this block's own: the chooser for the first token while
+// all others multiply, and all for the others. The last block writes the lists of all, and the next
+// kernel may start, which may read them before it waits. Returns how many blocks have read the logits
+// before, to thread 0.
+__device__ __forceinline__ unsigned choose_here(const Choice& choice, Choosing& here) {
+    const int warp = threadIdx.x / 32;
+    const bool writes = blockIdx.x == gridDim.x - 1, is_one = choice.tokens == 1 && !writes;
 #pragma unroll 1
-    for (int token = threadIdx.x / 32; token < choice.tokens; token += WARPS)
-        choose_for<true>(choice, token, bits, picks, shares);
-    __syncthreads();
+    for (int token = warp == CHOOSER ? 0 : warp + 1; token < choice.tokens; token += WARPS + 1)
+        choose_for<true>(choice, token, here.bits, here.picks, here.shares);
+    if (warp == CHOOSER && is_one) list_one(choice, here.picks, &here.own);
+    wait_for_group<0>();
+    __syncthreads();  // what has been multiplied with is the experts' now
     const unsigned before = threadIdx.x ? 0 : atomicInc(choice.arrived, gridDim.x - 1);
-    if (choice.tokens == 1 && !writes)
-        list_one(choice, picks, own);
-    else
-        make_lists(choice, bits, picks, shares, pairs_before, own, writes);
+    if (is_one) return before;
+    make_lists(choice, here.bits, here.picks, here.shares, here.pairs_before, &here.own, writes);
     if (writes) __threadfence();
     __syncthreads();
     if (writes) let_next_start();
@@ -70,7 +76,7 @@ __device__ __forceinline__ float over_warp(float x) {
 }
 
 // The logits of a block's experts. All of them together are less than a tile for every block, and all
-// others wait for them: one way to memory for a token, whose columns are shared by a team of warps.
+// others wait for them: few ways to memory for a token, whose columns are shared by a team of warps.
 __device__ __forceinline__ void route(const Arguments& a) {
     __shared__ float dots[WARPS], squares[WARPS];
     const Team team((int)a.router_team);
@@ -84,16 +90,28 @@ __device__ __forceinline__ void route(const Arguments& a) {
             const uint4* const weights = reinterpret_cast<const uint4*>(a.router + expert * a.router_stride);
             const uint4* const norm = reinterpret_cast<const uint4*>(a.norm);
             float dot = 0.f, square = 0.f;
-#pragma unroll 2
-            for (int piece = team.thread(); piece < pieces; piece += team.threads()) {
-                float u[8], v[8], w[8];
-                unpack(x[piece], u), unpack(weights[piece], v), unpack(norm[piece], w);
+#pragma unroll 1
+            for (int first = team.thread(); first < pieces; first += 2 * team.threads()) {
+                uint4 all[2][3];
 #pragma unroll
-                for (int i = 0; i < 8; i++)
-                    square = fmaf(u[i], u[i], square), dot = fmaf(u[i] * w[i], v[i], dot);
+                for (int i = 0; i < 2; i++) {
+                    const int piece = first + i * team.threads();
+                    const bool inside = piece < pieces;
+                    all[i][0] = inside ? x[piece] : make_uint4(0, 0, 0, 0);
+                    all[i][1] = inside ? norm[piece] : make_uint4(0, 0, 0, 0);
+                    all[i][2] = inside ? weights[piece] : make_uint4(0, 0, 0, 0);
+                }
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    float u[8], v[8], w[8];
+                    unpack(all[i][0], u), unpack(all[i][1], v), unpack(all[i][2], w);
+#pragma unroll
+                    for (int k = 0; k < 8; k++)
+                        square = fmaf(u[k], u[k], square), dot = fmaf(u[k] * v[k], w[k], dot);
+                }
             }
             dots[own] = over_warp(dot), squares[own] = over_warp(square);
-            team.meet(1 + WARPS / 2);
+            team.meet();
             if (team.thread() == 0) {
                 dot = square = 0.f;
 #pragma unroll 1
@@ -101,7 +119,7 @@ __device__ __forceinline__ void route(const Arguments& a) {
                 write_logit(a.choice.logits + token * a.choice.experts + expert,
                             dot * rsqrtf(__fdividef(square, (int)a.depth) + eps));
             }
-            team.meet(1 + WARPS / 2);
+            team.meet();
         }
 }
 
@@ -152,10 +170,9 @@ __device__ __forceinline__ View<true> shared_expert(const Arguments& a) {
             Walk(team, (int)a.share, (int)a.rest, rows)};
 }
 
-// after_wait(): what is done when x is there and the first weights are under way
-template <int N, bool UP, int SLOTS, bool OWN, typename AfterWait>
+template <int N, bool UP, int SLOTS, bool OWN>
 __device__ __forceinline__ void multiply_all(const Arguments& a, const View<OWN>& view, uint4* shared,
-                                             Gathered<N>* gathered, AfterWait after_wait) {
+                                             Gathered<N>* gathered) {
     const Team team = view.team;
     const int depth = (int)a.depth, g = threadIdx.x % 32 / 4, steps = team.steps(depth);
     const float eps = __int_as_float((int)a.eps);
@@ -183,7 +200,6 @@ __device__ __forceinline__ void multiply_all(const Arguments& a, const View<OWN>
     ring.template fill<N>(column, following);
     wait_for_inputs();
     if (!OWN || blockIdx.x != gridDim.x - 1) let_next_start();  // that one still has lists to write
-    after_wait();
 
     int turn = 0;
     for (Tile tile = walk.next(); tile.height; tile = walk.next(), turn ^= 1) {
@@ -231,43 +247,45 @@ __device__ __forceinline__ void product(const Arguments& a) {
     extern __shared__ uint4 shared[];
     if constexpr (S == 0) {
         wait_for_inputs();
-        multiply_all<N, UP, SLOTS>(a, experts<false>(a, nullptr, a.counts[0]), shared, memory, [] {});
+        multiply_all<N, UP, SLOTS>(a, experts<false>(a, nullptr, a.counts[0]), shared, memory);
     } else {
-        __shared__ Lists own;
+        __shared__ Choosing here;
+        const bool multiplies = threadIdx.x < THREADS;
+        if (threadIdx.x < MOST) here.bits[threadIdx.x] = 0;
+        if (blockIdx.x < a.router_blocks && multiplies) {
+            wait_for_inputs();
+            route(a);
+        }
+        __syncthreads();
         unsigned before = 0;
-        bool is_first = true;
-        const auto after_wait = [&] {
-            if (is_first && blockIdx.x < a.router_blocks) route(a);
-        };
-        const auto choose = [&] {
-            wait_for_group<0>();
-            __syncthreads();  // `memory` and the ring are the experts' now
-            before = choose_here(a.choice, memory, &own);
-            is_first = false;
-        };
         View<true> view = shared_expert(a);
         if constexpr (S == N) {
 #pragma unroll 1
             for (int part = 0; part < 2; part++) {
-                if (part) choose(), view = experts<true>(a, &own, own.count);
-                multiply_all<N, UP, SLOTS>(a, view, shared, memory, after_wait);
+                if (part) {
+                    before = choose_here(a.choice, here);
+                    view = experts<true>(a, &here.own, here.own.count);
+                }
+                if (multiplies) multiply_all<N, UP, SLOTS>(a, view, shared, memory);
             }
         } else {
-            const auto smaller = reinterpret_cast<Gathered<S>*>(memory);
-            multiply_all<S, UP, SLOTS>(a, view, shared, smaller, after_wait);
-            choose();
-            view = experts<true>(a, &own, own.count);
-            multiply_all<N, UP, SLOTS>(a, view, shared, reinterpret_cast<Gathered<N>*>(memory), [] {});
+            if (multiplies)
+                multiply_all<S, UP, SLOTS>(a, view, shared, reinterpret_cast<Gathered<S>*>(memory));
+            before = choose_here(a.choice, here);
+            view = experts<true>(a, &here.own, here.own.count);
+            if (multiplies)
+                multiply_all<N, UP, SLOTS>(a, view, shared, reinterpret_cast<Gathered<N>*>(memory));
         }
         if (threadIdx.x < 32 && __shfl_sync(~0u, before, 0) == gridDim.x - 1) make_blank(a.choice);
     }
 }
 
-#define ENTRY(name, N, UP, S, BLOCKS)                                                       \
-    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) name(const Arguments a) { \
-        product<N, UP, S, BLOCKS == 3 ? STAGES : 2 * STAGES>(a);                            \
+#define ENTRY(name, N, UP, S, BLOCKS)                                                            \
+    extern "C" __global__ void __launch_bounds__(THREADS + (S ? 32 : 0), BLOCKS) name(           \
+        const Arguments a) {                                                                     \
+        product<N, UP, S, BLOCKS == 3 ? STAGES : 2 * STAGES>(a);                                 \
     }
-ENTRY(up_8_shared_8, 1, true, 1, 3)
+ENTRY(up_8_shared_8, 1, true, 1, 2)
 ENTRY(up_8_shared_16, 1, true, 2, 2)
 ENTRY(up_8_shared_32, 1, true, 4, 2)
 ENTRY(up_8, 1, true, 0, 3)

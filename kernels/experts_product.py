@@ -9,7 +9,7 @@ from cascade.kernels import checks, choose_experts, tile_stream
 from cascade.kernels.compiler import Kernel
 from cascade.kernels.plan import Choice, Plan
 
-THREADS = 256  # as in the .cu
+THREADS, CHOOSER = 256, 32  # as in the .cu: that multiply, and that choose where the choice is made
 SHARED_WIDTHS = (8, 16, 32)  # tokens of the shared expert at once
 MOST_PICKS = 256  # tokens times top_k that a block chooses for itself
 
@@ -115,14 +115,14 @@ def _launch(
     device = checks.one_gpu(x, weights, *plan[:3], *others)
     if not (rows and depth and width and held):
         return
-    at_once = 0 if shared_width and rows > SHARED_WIDTHS[0] else plan.item_tokens
+    at_once = 0 if shared_width else plan.item_tokens
     blocks = tile_stream.blocks(device, at_once, held * width)
     team = tile_stream.team(blocks, held * width, plan.item_tokens)
     shared_team = tile_stream.team(blocks, shared_width, SHARED_WIDTHS[-1])
     _KERNELS[name].launch(
         device,
         (blocks, 1, 1),
-        (THREADS, 1, 1),
+        (THREADS + (CHOOSER if shared_width else 0), 1, 1),
         (
             source,
             scale,

@@ -53,12 +53,11 @@ struct Team {
     __device__ __forceinline__ int thread() const { return warp * 32 + threadIdx.x % 32; }
     __device__ __forceinline__ int threads() const { return 32 << log; }
 
-    // first: barriers that teams of another size may wait at in the meantime must be others
-    __device__ __forceinline__ void meet(int first = 1) const {
+    __device__ __forceinline__ void meet() const {
         if (size == 1)
             __syncwarp();
         else
-            ::meet(first + number, 32 * size);
+            ::meet(1 + number, 32 * size);
     }
 
     // The steps of this warp: every size-th, so that a team reads one stretch of memory.
