@@ -174,30 +174,30 @@ template <int N, bool UP, int SLOTS, bool OWN>
 __device__ __forceinline__ void multiply_all(const Arguments& a, const View<OWN>& view, uint4* shared,
                                              Gathered<N>* gathered) {
     const Team team = view.team;
-    const int depth = (int)a.depth, g = threadIdx.x % 32 / 4, steps = team.steps(depth);
+    const int depth = (int)a.depth, g = threadIdx.x % 32 / 4, batches = team.batches<N>(depth);
     const float eps = __int_as_float((int)a.eps);
-    const auto column = [&](int step) { return team.column(step); };
+    const auto column = [&](int batch) { return team.column<N>(batch); };
     Ring<SLOTS> ring(shared);
     Walk walk = view.walk, ahead = walk;
     Tile coming = {0, 0, 0};
-    Lines lines = {nullptr, nullptr};
-    int next = steps;
+    const bf16 *low = nullptr, *high = nullptr;
+    int next = batches;
     const auto following = [&]() -> Batch {
-        next += STEPS<N>;
-        if (next >= steps) {
+        if (++next >= batches) {
             coming = ahead.next();
             if (coming.height) {
                 const bf16* const first = view.weights +
                                           (long long)view.expert(a, coming.unit) * view.expert_stride +
                                           (long long)coming.row * view.row_stride;
-                lines.low = g < coming.height ? first + g * view.row_stride : nullptr;
-                lines.high = g + 8 < coming.height ? first + (g + 8) * view.row_stride : nullptr;
+                low = first + (long long)min(g, coming.height - 1) * view.row_stride;
+                high = first + (long long)min(g + 8, coming.height - 1) * view.row_stride;
             }
             next = 0;
         }
-        return {lines, next, coming.height ? steps : next, depth};
+        const int k = column(next);
+        return {low + k, high + k, coming.height ? depth - k : 0};
     };
-    ring.template fill<N>(column, following);
+    ring.template fill<N>(following);
     wait_for_inputs();
     if (!OWN || blockIdx.x != gridDim.x - 1) let_next_start();  // that one still has lists to write
 
@@ -215,11 +215,11 @@ __device__ __forceinline__ void multiply_all(const Arguments& a, const View<OWN>
         float sum[N][4] = {};
         if constexpr (UP) {
             Normed<N> normed(a.norm);
-            multiply(sum, ring, x, 0, steps, depth, normed, column, following);
-            gathered[turn].put_squares(normed.squares);
+            multiply(sum, ring, x, 0, batches, depth, normed, column, following);
+            gathered[turn].put_squares(normed);
         } else {
             Plain plain;
-            multiply(sum, ring, x, 0, steps, depth, plain, column, following);
+            multiply(sum, ring, x, 0, batches, depth, plain, column, following);
         }
         gathered[turn].put(sum);
         team.meet();

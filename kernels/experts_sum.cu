@@ -19,32 +19,33 @@ struct Arguments {
     long long shared_width, shared_stride, shared_input, items_held, share, rest;
 };
 
-// A run of steps of one item, or of up to 8 * N tokens of the shared expert.
+// A run of batches of one item, or of up to 8 * N tokens of the shared expert.
 struct Piece {
     bool is_routed;
-    int item, begin, end;  // steps
+    int item, begin, end;
 };
 
-// All steps of a tile, those of the items and then those of the shared expert, of which one warp has
+// All batches of a tile, those of the items and then those of the shared expert, of which one warp has
 // [first, last).
-struct Steps {
-    int items, routed, shared, first, last;  // steps of an item, and of the shared expert
+struct Plan {
+    int items, routed, shared, first, last;  // batches of an item, and of the shared expert
 
     template <int N>
-    __device__ __forceinline__ static Steps of(const Arguments& a, int items, int warp) {
-        const int routed = ((int)a.width + STEP - 1) / STEP, shared = ((int)a.shared_width + STEP - 1) / STEP;
+    __device__ __forceinline__ static Plan of(const Arguments& a, int items, int warp) {
+        const int routed = ((int)a.width + SPAN<N> - 1) / SPAN<N>;
+        const int shared = ((int)a.shared_width + SPAN<N> - 1) / SPAN<N>;
         const int total = items * routed + ((int)a.tokens + 8 * N - 1) / (8 * N) * shared;
         return {items, routed, shared, total * warp / WARPS, total * (warp + 1) / WARPS};
     }
 
     __device__ __forceinline__ Piece start() const {
         const bool is_routed = first < items * routed;
-        const int own = is_routed ? first : first - items * routed, steps = is_routed ? routed : shared;
-        const int item = steps ? own / steps : 0, begin = own - item * steps;
-        return {is_routed, item, begin, min(steps, begin + last - first)};
+        const int own = is_routed ? first : first - items * routed, each = is_routed ? routed : shared;
+        const int item = each ? own / each : 0, begin = own - item * each;
+        return {is_routed, item, begin, min(each, begin + last - first)};
     }
 
-    // The piece behind another one, which begins with step `position` of all.
+    // The piece behind another one, which begins with batch `position` of all.
     __device__ __forceinline__ Piece after(const Piece& piece, int position) const {
         const bool is_routed = piece.is_routed && piece.item + 1 < items;
         const int item = piece.is_routed == is_routed ? piece.item + 1 : 0;
@@ -64,39 +65,39 @@ __device__ __forceinline__ void down(const Arguments& a) {
     const Team team(3);
     float* const own = sums + warp * tokens * TILE;
     // Written by the kernel before the one before, so there already; not what L1 has of it.
-    const Steps steps = Steps::of<N>(a, fresh(a.counts), warp);
-    const Piece start = steps.start();
+    const Plan plan = Plan::of<N>(a, fresh(a.counts), warp);
+    const Piece start = plan.start();
 
-    const auto column = [](int step) { return step * STEP + (int)threadIdx.x % 4 * 8; };
+    const auto column = [](int batch) { return own_column(batch * SPAN<N>); };
     Ring<SLOTS> ring(shared);
     Walk walk(team, (int)a.share, (int)a.rest, (int)a.hidden), ahead = walk;
     Tile coming = ahead.next();
     Piece piece = {false, 0, 0, 0};
-    Lines lines = {nullptr, nullptr};
-    int position = steps.first, depth_ahead = 0, step = 0;
+    const bf16 *low = nullptr, *high = nullptr;
+    int position = plan.first, end = 0, next = 0;  // columns end with `end`
     const auto following = [&]() -> Batch {
-        step += STEPS<N>;
-        if (step >= piece.end) {
+        if (++next >= piece.end) {
             position += piece.end - piece.begin;
-            if (position >= steps.last) coming = ahead.next(), position = steps.first;
-            if (!coming.height || steps.first >= steps.last)
-                piece = {false, 0, 0, 0};
-            else {
-                piece = position == steps.first ? start : steps.after(piece, position);
+            if (position >= plan.last) coming = ahead.next(), position = plan.first;
+            const Piece before = piece;
+            piece = {false, 0, 0, 0}, end = 0;
+            if (coming.height && plan.first < plan.last) {
+                piece = position == plan.first ? start : plan.after(before, position);
                 const long long stride = piece.is_routed ? a.row_stride : a.shared_stride;
                 const bf16* const first =
                     (piece.is_routed ? a.down + fresh(a.items + piece.item) * a.expert_stride
                                      : a.shared_down) +
                     coming.row * stride;
-                lines.low = g < coming.height ? first + g * stride : nullptr;
-                lines.high = g + 8 < coming.height ? first + (g + 8) * stride : nullptr;
-                depth_ahead = (int)(piece.is_routed ? a.width : a.shared_width);
+                low = first + min(g, coming.height - 1) * stride;
+                high = first + min(g + 8, coming.height - 1) * stride;
+                end = (int)(piece.is_routed ? a.width : a.shared_width);
             }
-            step = piece.begin;
+            next = piece.begin;
         }
-        return {lines, step, piece.end, depth_ahead};
+        const int k = column(next);
+        return {low + k, high + k, end - k};
     };
-    ring.template fill<N>(column, following);
+    ring.template fill<N>(following);
     wait_for_inputs();
     let_next_start();
 
@@ -104,8 +105,8 @@ __device__ __forceinline__ void down(const Arguments& a) {
         for (int i = lane; i < tokens * TILE; i += 32) own[i] = 0.f;
         __syncwarp();
         Piece now = start;
-        for (int at = steps.first; at < steps.last;) {
-            if (at > steps.first) now = steps.after(now, at);
+        for (int at = plan.first; at < plan.last;) {
+            if (at > plan.first) now = plan.after(now, at);
             const int depth = (int)(now.is_routed ? a.width : a.shared_width);
             const long long first = now.is_routed ? a.items[a.items_held + now.item] : now.item * 8 * N;
             const int count =

@@ -21,15 +21,11 @@ struct Products {
 // Tokens times the norm's weight and the factor of their group of columns.
 template <int N>
 struct Grouped {
-    static constexpr bool AHEAD = false;
+    static constexpr bool AHEAD = false, HAS_NORM = true;
 
     const bf16* norm;
     const float* factors;  // [N * 8, groups]
     int groups, width;     // columns of a group
-
-    __device__ __forceinline__ uint4 norm_at(int k, bool inside) const {
-        return load_norm(norm, k, inside);
-    }
 
     __device__ __forceinline__ uint4 operator()(int n, const uint4& v, const uint4& weight,
                                                 int k) const {
@@ -56,8 +52,7 @@ __device__ __forceinline__ int part_of(const Products& a, int& row) {
 }
 
 __device__ __forceinline__ const bf16* line_of(const Products& a, const Tile& tile, int row) {
-    if (row >= tile.height) return nullptr;
-    int place = tile.row + row;
+    int place = tile.row + min(row, tile.height - 1);
     const int part = part_of(a, place);
     return a.weight[part] + place * a.weight_stride[part];
 }
@@ -86,27 +81,27 @@ __device__ __forceinline__ void multiply_all(const Products& a) {
     const float eps = __int_as_float((int)a.eps);
     const Team team((int)a.team);
     // With a group for each warp the columns of a warp are those of its group.
-    const int steps = NORM == WARPWISE ? depth / (WARPS * STEP) : team.steps(depth);
-    const auto column = [&](int step) {
-        return NORM == WARPWISE ? (team.warp * steps + step) * STEP + (int)threadIdx.x % 4 * 8
-                                : team.column(step);
+    const int batches = NORM == WARPWISE ? depth / (WARPS * SPAN<N>) : team.batches<N>(depth);
+    const auto column = [&](int batch) {
+        return NORM == WARPWISE ? own_column((team.warp * batches + batch) * SPAN<N>)
+                                : team.column<N>(batch);
     };
 
     Ring<SLOTS> ring(shared);
     Walk walk(team, (int)a.share, (int)a.rest, 1 << 30), ahead = walk;
     Tile coming = {0, 0, 0};
-    Lines lines = {nullptr, nullptr};
-    int first = steps;
+    const bf16 *low = nullptr, *high = nullptr;
+    int next = batches;
     const auto following = [&]() -> Batch {
-        first += STEPS<N>;
-        if (first >= steps) {
+        if (++next >= batches) {
             coming = ahead.next();
-            lines = {line_of(a, coming, g), line_of(a, coming, g + 8)};
-            first = 0;
+            if (coming.height) low = line_of(a, coming, g), high = line_of(a, coming, g + 8);
+            next = 0;
         }
-        return {lines, first, coming.height ? steps : first, depth};
+        const int k = column(next);
+        return {low + k, high + k, coming.height ? depth - k : 0};
     };
-    ring.template fill<N>(column, following);
+    ring.template fill<N>(following);
     wait_for_inputs();
     let_next_start();
 
@@ -131,21 +126,21 @@ __device__ __forceinline__ void multiply_all(const Products& a) {
         float sum[N][4] = {};
         if constexpr (NORM == NONE) {
             Plain plain;
-            multiply(sum, ring, x, 0, steps, depth, plain, column, following);
+            multiply(sum, ring, x, 0, batches, depth, plain, column, following);
         } else if constexpr (NORM == GIVEN) {
             Grouped<N> grouped{a.norm, factors, (int)a.groups, depth / (int)a.groups};
-            multiply(sum, ring, x, 0, steps, depth, grouped, column, following);
+            multiply(sum, ring, x, 0, batches, depth, grouped, column, following);
         } else {
             Normed<N, EARLY> normed(a.norm);
-            multiply(sum, ring, x, 0, steps, depth, normed, column, following);
-            if constexpr (NORM == WHOLE) gathered[turn].put_squares(normed.squares);
+            multiply(sum, ring, x, 0, batches, depth, normed, column, following);
+            if constexpr (NORM == WHOLE) gathered[turn].put_squares(normed);
             if constexpr (NORM == WARPWISE) {
 #pragma unroll
                 for (int n = 0; n < N; n++) {
-                    const float squares = over_four(normed.squares[n]);
-                    const float factor = rsqrtf(squares / (steps * STEP) + eps);
-                    const float first = __shfl_sync(~0u, factor, lane % 4 * 8);
-                    const float second = __shfl_sync(~0u, factor, lane % 4 * 8 + 4);
+                    const float square = normed.square(n), columns = batches * SPAN<N>;
+                    const float factor = rsqrtf(__fdividef(square, columns) + eps);
+                    const float first = __shfl_sync(~0u, factor, normed.holder(lane % 4 * 2));
+                    const float second = __shfl_sync(~0u, factor, normed.holder(lane % 4 * 2 + 1));
                     sum[n][0] *= first, sum[n][1] *= second, sum[n][2] *= first, sum[n][3] *= second;
                 }
             }

@@ -6,8 +6,10 @@
 //
 // As many blocks as run at the same time share all rows. One, two, four or all of a block's eight warps
 // form a team, which owns an equal share of the rows and goes through it tile by tile, its warps taking
-// turns at the columns; the copies of coming steps are always under way, in the shared memory of the
-// lane that will multiply them, and begin before the kernel before this one has ended.
+// turns at batches of columns; the copies of coming batches are always under way, in the shared memory
+// of the lane that will multiply them, and begin before the kernel before this one has ended. A tile
+// moves a kilobyte for every two mma, so all else must be few instructions: a batch is one piece of a
+// row, whose steps differ by a constant.
 #pragma once
 #include "numbers.cuh"
 #include "ptx.cuh"
@@ -19,10 +21,14 @@ constexpr int STAGES = 4;  // steps of weights under way, for each warp, where t
 constexpr int WARPS = 8;
 constexpr int THREADS = 32 * WARPS;
 
-// Rows g and g + 8 of a tile; null where there is no such row.
-struct Lines {
-    const bf16 *low, *high;
-};
+// Steps and columns of a batch for 8 * N tokens.
+template <int N>
+constexpr int STEPS = N <= 2 ? STAGES : 1;
+template <int N>
+constexpr int SPAN = STEPS<N> * STEP;
+
+// The first of this lane's columns in a step that begins with column `first`.
+__device__ __forceinline__ int own_column(int first) { return first + (int)threadIdx.x % 4 * 8; }
 
 // Rows [row, row + height) of a unit that are multiplied at once.
 struct Tile {
@@ -60,14 +66,16 @@ struct Team {
             ::meet(1 + number, 32 * size);
     }
 
-    // The steps of this warp: every size-th, so that a team reads one stretch of memory.
-    __device__ __forceinline__ int steps(int depth) const {
-        return ((depth + STEP - 1) / STEP - warp + size - 1) >> log;
+    // The batches of this warp: every size-th, so that a team reads one stretch of memory.
+    template <int N>
+    __device__ __forceinline__ int batches(int depth) const {
+        return ((depth + SPAN<N> - 1) / SPAN<N> - warp + size - 1) >> log;
     }
 
-    // The first of this lane's columns in a step of its warp.
-    __device__ __forceinline__ int column(int step) const {
-        return ((step << log) + warp) * STEP + (int)threadIdx.x % 4 * 8;
+    // The first of this lane's columns in a batch of its warp.
+    template <int N>
+    __device__ __forceinline__ int column(int batch) const {
+        return own_column(((batch << log) + warp) * SPAN<N>);
     }
 };
 
@@ -98,19 +106,15 @@ struct Walk {
     }
 };
 
-// Steps of a warp, from `first` to before `end`, of weights with `depth` columns; none where there is
-// nothing more to copy.
+// What a lane copies of a batch: from rows g and g + 8 of a tile, or from its last row where there are
+// fewer; `left` columns from there to the end of the row, none where there is nothing to copy.
 struct Batch {
-    Lines lines;
-    int first, end, depth;
+    const bf16 *low, *high;
+    int left;
 };
 
-// How many steps a batch has for 8 * N tokens.
-template <int N>
-constexpr int STEPS = N <= 2 ? STAGES : 1;
-
-// Weights under way: a lane copies what it will multiply itself, so nobody waits for anybody. SLOTS are
-// filled in turns, as many steps ahead.
+// Weights under way: a lane copies what it will multiply itself, so nobody waits for anybody. SLOTS steps
+// are filled in turns.
 template <int SLOTS>
 struct Ring {
     static constexpr int PIECES = WARPS * SLOTS * 2 * 32;  // of 16 bytes, for a block
@@ -121,33 +125,23 @@ struct Ring {
     __device__ __forceinline__ explicit Ring(uint4* shared)
         : own(shared + threadIdx.x / 32 * SLOTS * 64 + threadIdx.x % 32), slot(0) {}
 
-    // Start the copies of step `first + i` of a batch, whose columns are [k, k + 8), if there is one.
-    __device__ __forceinline__ void issue(int slot, const Batch& batch, int i, int k) {
-        if (batch.first + i < batch.end) {
-            uint4* const to = own + slot * 64;
-            copy_async(to, batch.lines.low + k, batch.lines.low && k < batch.depth);
-            copy_async(to + 32, batch.lines.high + k, batch.lines.high && k < batch.depth);
-        }
+    // Start the copies of step `i` of a batch; zeros behind the end.
+    __device__ __forceinline__ void issue(uint4* to, const Batch& batch, int i) {
+        const bool inside = batch.left > i * STEP;
+        copy_async(to + i * 64, batch.low + i * STEP, inside);
+        copy_async(to + i * 64 + 32, batch.high + i * STEP, inside);
         close_group();
     }
 
     // Fill all slots; following() is the next batch.
-    template <int N, typename Column, typename Following>
-    __device__ __forceinline__ void fill(Column column, Following following) {
+    template <int N, typename Following>
+    __device__ __forceinline__ void fill(Following following) {
 #pragma unroll 1
         for (int slot = 0; slot < SLOTS; slot += STEPS<N>) {
             const Batch batch = following();
 #pragma unroll
-            for (int i = 0; i < STEPS<N>; i++)
-                issue(slot + i, batch, i, column(batch.first + i));
+            for (int i = 0; i < STEPS<N>; i++) issue(own + slot * 64, batch, i);
         }
-    }
-
-    // The oldest step under way.
-    __device__ __forceinline__ void take(int slot, uint4& low, uint4& high) const {
-        wait_for_group<SLOTS - 1>();
-        const uint4* const from = own + slot * 64;
-        low = from[0], high = from[32];
     }
 };
 
@@ -156,57 +150,57 @@ template <int N>
 struct Tokens {
     uint4 v[STEPS<N>][N], norm[STEPS<N>];
 
-    template <typename Prepare, typename Column>
-    __device__ __forceinline__ void load(const bf16* const (&x)[N], int first, int end, int depth,
-                                         const Prepare& prepare, Column column) {
+    __device__ __forceinline__ static uint4 load(const bf16* from, bool inside) {
+        return inside ? *reinterpret_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
+    }
+
+    // left: columns from column k on
+    template <typename Prepare>
+    __device__ __forceinline__ void load(const bf16* const (&x)[N], int k, int left,
+                                         const Prepare& prepare) {
 #pragma unroll
         for (int i = 0; i < STEPS<N>; i++) {
-            const int k = column(first + i);
-            const bool inside = first + i < end && k < depth;
-            norm[i] = prepare.norm_at(k, inside);
+            if (Prepare::HAS_NORM) norm[i] = load(prepare.norm + k + i * STEP, left > i * STEP);
 #pragma unroll
             for (int n = 0; n < N; n++)
-                v[i][n] = inside && x[n] ? *reinterpret_cast<const uint4*>(x[n] + k)
-                                         : make_uint4(0, 0, 0, 0);
+                v[i][n] = load(x[n] + k + i * STEP, x[n] && left > i * STEP);
         }
     }
 };
 
-// sum += weights * prepare(tokens) over steps [begin, end), whose columns are column(step). For every
-// batch that is multiplied another one, following(), is put under way: the code that finds it stands
-// here once, since a kernel that runs for some microseconds must also fetch its instructions.
+// sum += weights * prepare(tokens) over batches [begin, end), whose first columns are column(batch). For
+// every batch that is multiplied another one, following(), is put under way: the code that finds it
+// stands here once, since a kernel that runs for some microseconds must also fetch its instructions.
 template <int N, int SLOTS, typename Prepare, typename Column, typename Following>
 __device__ __forceinline__ void multiply(float (&sum)[N][4], Ring<SLOTS>& ring,
                                          const bf16* const (&x)[N], int begin, int end, int depth,
                                          Prepare& prepare, Column column, Following following) {
     Tokens<N> tokens;
-    if (Prepare::AHEAD) tokens.load(x, begin, end, depth, prepare, column);
+    if (Prepare::AHEAD) tokens.load(x, column(begin), depth - column(begin), prepare);
 #pragma unroll 1
-    for (int first = begin; first < end; first += STEPS<N>) {
+    for (int batch = begin; batch < end; batch++) {
+        const int k = column(batch), ahead = column(batch + 1);
         Tokens<N> coming;
         if (Prepare::AHEAD)
-            coming.load(x, first + STEPS<N>, end, depth, prepare, column);
+            coming.load(x, ahead, batch + 1 < end ? depth - ahead : 0, prepare);
         else
-            tokens.load(x, first, end, depth, prepare, column);
+            tokens.load(x, k, depth - k, prepare);
         // All tokens of the batch are asked for before any is waited for: without this the compiler puts
         // each step's loads behind the branch before it.
         __syncwarp();
-        const Batch batch = following();
+        const Batch next = following();
+        uint4* const own = ring.own + (STEPS<N> == SLOTS ? 0 : ring.slot * 64);
 #pragma unroll
         for (int i = 0; i < STEPS<N>; i++) {
-            const int slot = STEPS<N> == SLOTS ? i : ring.slot + i;
-            if (first + i < end) {
-                uint4 low, high;
-                ring.take(slot, low, high);
-                const int k = column(first + i);
+            wait_for_group<SLOTS - 1>();
+            const uint4 low = own[i * 64], high = own[i * 64 + 32];
 #pragma unroll
-                for (int n = 0; n < N; n++) {
-                    const uint4 u = prepare(n, tokens.v[i][n], tokens.norm[i], k);
-                    mma(sum[n], low.x, high.x, low.y, high.y, u.x, u.y);
-                    mma(sum[n], low.z, high.z, low.w, high.w, u.z, u.w);
-                }
+            for (int n = 0; n < N; n++) {
+                const uint4 u = prepare(n, tokens.v[i][n], tokens.norm[i], k + i * STEP);
+                mma(sum[n], low.x, high.x, low.y, high.y, u.x, u.y);
+                mma(sum[n], low.z, high.z, low.w, high.w, u.z, u.w);
             }
-            ring.issue(slot, batch, i, column(batch.first + i));
+            ring.issue(own, next, i);
         }
         if (STEPS<N> < SLOTS) ring.slot = (ring.slot + STEPS<N>) % SLOTS;
         if (Prepare::AHEAD) tokens = coming;
@@ -215,49 +209,39 @@ __device__ __forceinline__ void multiply(float (&sum)[N][4], Ring<SLOTS>& ring,
 
 // Tokens as they are; they come from far, and are asked for one batch ahead.
 struct Plain {
-    static constexpr bool AHEAD = true;
+    static constexpr bool AHEAD = true, HAS_NORM = false;
+    static constexpr const bf16* norm = nullptr;
 
-    __device__ __forceinline__ uint4 norm_at(int, bool) const { return make_uint4(0, 0, 0, 0); }
     __device__ __forceinline__ uint4 operator()(int, const uint4& v, const uint4&, int) const {
         return v;
     }
 };
 
-__device__ __forceinline__ uint4 load_norm(const bf16* norm, int k, bool inside) {
-    return inside ? *reinterpret_cast<const uint4*>(norm + k) : make_uint4(0, 0, 0, 0);
-}
-
-// Tokens times the norm's weight; their squares are summed on the way, for a factor at the end.
+// Tokens times the norm's weight; their squares are summed on the way, for a factor at the end: as the
+// products of all tokens with each other, since a token's piece is laid out for either side of an mma.
 template <int N, bool EARLY = false>
 struct Normed {
-    static constexpr bool AHEAD = EARLY;
+    static constexpr bool AHEAD = EARLY, HAS_NORM = true;
 
     const bf16* norm;
-    float squares[N];
+    float products[N][4];
 
-    __device__ __forceinline__ explicit Normed(const bf16* norm) : norm(norm) {
-#pragma unroll
-        for (int n = 0; n < N; n++) squares[n] = 0.f;
-    }
-
-    __device__ __forceinline__ uint4 norm_at(int k, bool inside) const {
-        return load_norm(norm, k, inside);
-    }
+    __device__ __forceinline__ explicit Normed(const bf16* norm) : norm(norm), products{} {}
 
     __device__ __forceinline__ uint4 operator()(int n, const uint4& v, const uint4& w, int) {
-        float x[8];
-        unpack(v, x);
-#pragma unroll
-        for (int i = 0; i < 8; i++) squares[n] = fmaf(x[i], x[i], squares[n]);
+        mma(products[n], v.x, 0, v.y, 0, v.x, v.y);
+        mma(products[n], v.z, 0, v.w, 0, v.z, v.w);
         return make_uint4(times(v.x, w.x), times(v.y, w.y), times(v.z, w.z), times(v.w, w.w));
     }
-};
 
-// The sum of a value over the lanes of each group of four.
-__device__ __forceinline__ float over_four(float x) {
-    x += __shfl_xor_sync(~0u, x, 1);
-    return x + __shfl_xor_sync(~0u, x, 2);
-}
+    // The square of token 8 n + g, in the lane that HOLDS it.
+    __device__ __forceinline__ float square(int n) const {
+        return threadIdx.x / 4 % 2 ? products[n][1] : products[n][0];
+    }
+
+    // The lane that holds the square of token 8 n + `token`.
+    __device__ __forceinline__ static int holder(int token) { return token * 4 + token / 2; }
+};
 
 // What the warps of all teams have summed for a tile each. Two of them by turns need one barrier a tile.
 template <int N>
@@ -273,13 +257,12 @@ struct Gathered {
             for (int i = 0; i < 4; i++) sums[warp][n][i][lane] = sum[n][i];
     }
 
-    __device__ __forceinline__ void put_squares(const float (&own)[N]) {
-        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    template <bool EARLY>
+    __device__ __forceinline__ void put_squares(const Normed<N, EARLY>& normed) {
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, token = lane / 4;
 #pragma unroll
-        for (int n = 0; n < N; n++) {
-            const float whole = over_four(own[n]);
-            if (lane % 4 == 0) squares[warp][n * 8 + lane / 4] = whole;
-        }
+        for (int n = 0; n < N; n++)
+            if (lane == normed.holder(token)) squares[warp][n * 8 + token] = normed.square(n);
     }
 
     // The norm's factor of a token.

@@ -88,7 +88,7 @@ def test_a_tile_may_have_any_team(
 
 
 @pytest.mark.parametrize("norm", ["none", "whole", "groups"])
-@pytest.mark.parametrize("depth", [24, 264, 512, 1000])
+@pytest.mark.parametrize("depth", [24, 264, 512, 1000, 1024])
 @pytest.mark.parametrize("tokens", [1, 3, 8, 9, 17, 32])
 def test_skinny_linear(short: Any, device: str, tokens: int, depth: int, norm: str) -> None:
     x = normal(tokens, depth + 8, device=device)[:, :depth]
@@ -103,7 +103,7 @@ def test_skinny_linear(short: Any, device: str, tokens: int, depth: int, norm: s
     if norm != "none":
         options = {"norm": normal(depth, device=device), "eps": 1e-5}
     if norm == "groups":
-        groups = {264: 3, 512: 8}.get(depth, 1)
+        groups = {264: 3, 512: 8, 1024: 8}.get(depth, 1)
         squares = x.float().unflatten(-1, (2 * groups, -1)).pow(2).sum(-1)
         options |= {"groups": groups, "squares": squares.contiguous()}
     expected = [wide(out.clone()) for out in outs]
