@@ -119,17 +119,25 @@ struct Lists {
     unsigned char token[MOST];  // of a pair
 };
 
-// The same lists where there is one token, by the warp that has chosen: its experts in ascending order.
-__device__ __forceinline__ void list_one(const Choice& a, const int* picks, Lists* own) {
+// The lists where there is one token, by the warp that has chosen: its experts in ascending order.
+__device__ __forceinline__ void list_one(const Choice& a, const int* picks, const float* shares,
+                                         Lists* own, bool writes) {
     const int top_k = (int)a.top_k, lane = threadIdx.x % 32;
     __syncwarp();
-    if (lane == 0) own->count = picks[0] < 0 ? 0 : top_k;
-    if (lane >= top_k) return;
+    const int count = picks[0] < 0 ? 0 : top_k, held = (int)a.items_held;
+    if (lane == 0) own->count = count;
+    if (writes && lane < 2) a.counts[lane] = count;
+    if (writes && lane < top_k) a.places[lane] = -1;
+    if (lane >= count) return;
     int place = 0;
 #pragma unroll 1
-    for (int i = 0; i < top_k; i++) place += picks[i] < picks[lane];
+    for (int i = 0; i < count; i++) place += picks[i] < picks[lane];
     own->items[place] = picks[lane] | 1 << 8 | place << 16;
     own->token[place] = 0;
+    if (!writes) return;
+    a.items[place] = picks[lane], a.items[held + place] = place, a.items[2 * held + place] = 1;
+    a.pair_token[place] = 0, a.places[lane] = place;
+    a.pair_weight[place] = a.shares[lane] = shares[lane];
 }
 
 // The lists, by a block of MOST threads or a warp more, from the bits of all tokens: those that the block

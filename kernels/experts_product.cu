@@ -48,18 +48,22 @@ struct Choosing {
 // before, to thread 0.
 __device__ __forceinline__ unsigned choose_here(const Choice& choice, Choosing& here) {
     const int warp = threadIdx.x / 32;
-    const bool writes = blockIdx.x == gridDim.x - 1, is_one = choice.tokens == 1 && !writes;
+    const bool writes = blockIdx.x == gridDim.x - 1, is_one = choice.tokens == 1;
 #pragma unroll 1
     for (int token = warp == CHOOSER ? 0 : warp + 1; token < choice.tokens; token += WARPS + 1)
         choose_for<true>(choice, token, here.bits, here.picks, here.shares);
-    if (warp == CHOOSER && is_one) list_one(choice, here.picks, &here.own);
+    if (warp == CHOOSER && is_one) {
+        list_one(choice, here.picks, here.shares, &here.own, writes);
+        if (writes) __threadfence();
+    }
     wait_for_group<0>();
     __syncthreads();  // what has been multiplied with is the experts' now
     const unsigned before = threadIdx.x ? 0 : atomicInc(choice.arrived, gridDim.x - 1);
-    if (is_one) return before;
-    make_lists(choice, here.bits, here.picks, here.shares, here.pairs_before, &here.own, writes);
-    if (writes) __threadfence();
-    __syncthreads();
+    if (!is_one) {
+        make_lists(choice, here.bits, here.picks, here.shares, here.pairs_before, &here.own, writes);
+        if (writes) __threadfence();
+        __syncthreads();
+    }
     if (writes) let_next_start();
     return before;
 }
@@ -170,14 +174,14 @@ __device__ __forceinline__ View<true> shared_expert(const Arguments& a) {
             Walk(team, (int)a.share, (int)a.rest, rows)};
 }
 
-template <int N, bool UP, int SLOTS, bool OWN>
+template <int N, bool UP, bool OWN>
 __device__ __forceinline__ void multiply_all(const Arguments& a, const View<OWN>& view, uint4* shared,
                                              Gathered<N>* gathered) {
     const Team team = view.team;
     const int depth = (int)a.depth, g = threadIdx.x % 32 / 4, batches = team.batches<N>(depth);
     const float eps = __int_as_float((int)a.eps);
     const auto column = [&](int batch) { return team.column<N>(batch); };
-    Ring<SLOTS> ring(shared);
+    Ring<STAGES> ring(shared);
     Walk walk = view.walk, ahead = walk;
     Tile coming = {0, 0, 0};
     const bf16 *low = nullptr, *high = nullptr;
@@ -240,14 +244,14 @@ __device__ __forceinline__ void multiply_all(const Arguments& a, const View<OWN>
 
 // grid = (blocks that share the rows of the shared expert, then those of all items); shared: the ring
 // S: groups of 8 tokens of the shared expert, none for 0
-template <int N, bool UP, int S, int SLOTS>
+template <int N, bool UP, int S>
 __device__ __forceinline__ void product(const Arguments& a) {
     constexpr int MOST_GROUPS = N > S ? N : S;
     __shared__ Gathered<MOST_GROUPS> memory[2];
     extern __shared__ uint4 shared[];
     if constexpr (S == 0) {
         wait_for_inputs();
-        multiply_all<N, UP, SLOTS>(a, experts<false>(a, nullptr, a.counts[0]), shared, memory);
+        multiply_all<N, UP>(a, experts<false>(a, nullptr, a.counts[0]), shared, memory);
     } else {
         __shared__ Choosing here;
         const bool multiplies = threadIdx.x < THREADS;
@@ -266,15 +270,15 @@ __device__ __forceinline__ void product(const Arguments& a) {
                     before = choose_here(a.choice, here);
                     view = experts<true>(a, &here.own, here.own.count);
                 }
-                if (multiplies) multiply_all<N, UP, SLOTS>(a, view, shared, memory);
+                if (multiplies) multiply_all<N, UP>(a, view, shared, memory);
             }
         } else {
             if (multiplies)
-                multiply_all<S, UP, SLOTS>(a, view, shared, reinterpret_cast<Gathered<S>*>(memory));
+                multiply_all<S, UP>(a, view, shared, reinterpret_cast<Gathered<S>*>(memory));
             before = choose_here(a.choice, here);
             view = experts<true>(a, &here.own, here.own.count);
             if (multiplies)
-                multiply_all<N, UP, SLOTS>(a, view, shared, reinterpret_cast<Gathered<N>*>(memory));
+                multiply_all<N, UP>(a, view, shared, reinterpret_cast<Gathered<N>*>(memory));
         }
         if (threadIdx.x < 32 && __shfl_sync(~0u, before, 0) == gridDim.x - 1) make_blank(a.choice);
     }
@@ -283,7 +287,7 @@ __device__ __forceinline__ void product(const Arguments& a) {
 #define ENTRY(name, N, UP, S, BLOCKS)                                                            \
     extern "C" __global__ void __launch_bounds__(THREADS + (S ? 32 : 0), BLOCKS) name(           \
         const Arguments a) {                                                                     \
-        product<N, UP, S, BLOCKS == 3 ? STAGES : 2 * STAGES>(a);                                 \
+        product<N, UP, S>(a);                                                                    \
     }
 ENTRY(up_8_shared_8, 1, true, 1, 2)
 ENTRY(up_8_shared_16, 1, true, 2, 2)

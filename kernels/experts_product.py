@@ -152,7 +152,7 @@ def _launch(
             tile_stream.logarithm(max(tile_stream.WARPS // rows, 1)),
             *(choosing or (0,) * choose_experts.MEMBERS),
         ),
-        tile_stream.RING if at_once == 8 else tile_stream.DEEP_RING,
+        tile_stream.RING,
     )
 
 

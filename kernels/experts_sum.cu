@@ -54,7 +54,7 @@ struct Plan {
 };
 
 // grid = (blocks that share the channels); shared: the ring, then sums [WARPS, tokens, TILE] fp32
-constexpr int SLOTS = 2 * STAGES;
+constexpr int SLOTS = 2 * STAGES;  // nothing else is read, so nothing waits behind more of them
 
 template <int N>
 __device__ __forceinline__ void down(const Arguments& a) {

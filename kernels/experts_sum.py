@@ -10,7 +10,8 @@ from cascade.kernels.compiler import Kernel
 from cascade.kernels.plan import Plan
 
 THREADS, WARPS, TILE = 256, 8, 16  # as in the .cu
-LARGEST_SHARED = 227 * 1024 - tile_stream.DEEP_RING
+RING = 2 * tile_stream.RING  # as in the .cu
+LARGEST_SHARED = 227 * 1024 - RING
 
 _BF16, _INT32, _FP32 = (torch.bfloat16,), (torch.int32,), (torch.float32,)
 _KERNELS = {
@@ -86,5 +87,5 @@ def experts_sum(
             held,
             *divmod(hidden, blocks),
         ),
-        tile_stream.DEEP_RING + sums,
+        RING + sums,
     )

@@ -72,11 +72,11 @@ __device__ __forceinline__ void write(const Products& a, int token, int row, flo
 // grid = (blocks that share the rows of all matrices)
 // EARLY: tokens are asked for one batch of columns ahead, which takes registers
 // shared: the ring, then factors [N * 8, groups] where sums are given
-template <int N, Norm NORM, bool EARLY, int SLOTS>
+template <int N, Norm NORM, bool EARLY>
 __device__ __forceinline__ void multiply_all(const Products& a) {
     __shared__ Gathered<N> gathered[2];
     extern __shared__ uint4 shared[];
-    float* const factors = reinterpret_cast<float*>(shared + Ring<SLOTS>::PIECES);
+    float* const factors = reinterpret_cast<float*>(shared + Ring<STAGES>::PIECES);
     const int depth = (int)a.depth, lane = threadIdx.x % 32, g = lane / 4;
     const float eps = __int_as_float((int)a.eps);
     const Team team((int)a.team);
@@ -87,7 +87,7 @@ __device__ __forceinline__ void multiply_all(const Products& a) {
                                 : team.column<N>(batch);
     };
 
-    Ring<SLOTS> ring(shared);
+    Ring<STAGES> ring(shared);
     Walk walk(team, (int)a.share, (int)a.rest, 1 << 30), ahead = walk;
     Tile coming = {0, 0, 0};
     const bf16 *low = nullptr, *high = nullptr;

@@ -5,7 +5,7 @@ typedef Products Arguments;
 
 #define ENTRY(name, N, NORM, EARLY, BLOCKS)                                                 \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) name(const Arguments a) { \
-        multiply_all<N, NORM, EARLY, BLOCKS == 3 ? STAGES : 2 * STAGES>(a);                 \
+        multiply_all<N, NORM, EARLY>(a);                                                    \
     }
 ENTRY(none_8, 1, NONE, true, 2)
 ENTRY(none_16, 2, NONE, true, 2)

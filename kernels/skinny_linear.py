@@ -102,7 +102,6 @@ def skinny_linear(
     team = WARPS if mode == "warpwise" else tile_stream.team(blocks, sum(rows), width)
     is_short = mode == "whole" and width == 8 and not tile_stream.is_long(sum(rows))
     kernel = _SHORT if is_short else _KERNELS[mode, width]
-    ring = tile_stream.RING if kernel is _KERNELS["whole", 8] else tile_stream.DEEP_RING
     kernel.launch(
         device,
         (blocks, 1, 1),
@@ -125,5 +124,5 @@ def skinny_linear(
             checks.float_bits(eps),
             *tile_stream.shares(blocks, team, sum(rows)),
         ),
-        ring + (4 * width * groups if mode == "given" else 0),
+        tile_stream.RING + (4 * width * groups if mode == "given" else 0),
     )

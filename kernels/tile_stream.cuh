@@ -16,8 +16,7 @@
 
 constexpr int TILE = 16;   // rows of weights
 constexpr int STEP = 32;   // columns of two mma
-constexpr int STAGES = 4;  // steps of weights under way, for each warp, where three blocks are on a
-                           // multiprocessor, and twice as many where two are
+constexpr int STAGES = 4;  // steps of weights under way, for each warp; what is asked for after them waits
 constexpr int WARPS = 8;
 constexpr int THREADS = 32 * WARPS;
 

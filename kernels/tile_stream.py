@@ -6,8 +6,7 @@ from cascade.kernels.checks import float_bits
 from cascade.kernels.compiler import multiprocessors
 
 WARPS, STAGES, TILE = 8, 4, 16  # as in the .cuh
-RING = WARPS * STAGES * 2 * 32 * 16  # bytes for weights under way, of one of three blocks
-DEEP_RING = 2 * RING  # of one of two
+RING = WARPS * STAGES * 2 * 32 * 16  # bytes for weights under way, of a block
 LEAST = 2  # rows of a block: fewer blocks leave room for the next kernel's
 MANY = 5000  # rows of weights from which a third block on a multiprocessor pays, for up to 8 tokens
 
@@ -17,8 +16,10 @@ def blocks(device: int, tokens: int, rows: int) -> int:
 
     tokens: that are multiplied at once
     """
-    most = (3 if tokens == 8 and is_long(rows) else 2) * multiprocessors(device)
-    return min(most, -(-rows // LEAST))
+    each = multiprocessors(device)
+    if rows > each * TILE:  # or a tile of every second one is empty
+        each *= 3 if tokens == 8 and is_long(rows) else 2
+    return min(each, -(-rows // LEAST))
 
 
 def is_long(rows: int) -> bool:
@@ -27,13 +28,18 @@ def is_long(rows: int) -> bool:
 
 
 def team(blocks: int, rows: int, tokens: int) -> int:
-    """Warps that multiply a tile together: fewer where there is a tile for every team.
+    """Warps that multiply a tile together: fewer where their tiles are as full as those of all.
 
     tokens: that are multiplied at once; with more of them a tile takes longer to put together
     """
-    tiles, least = -(-rows // TILE), 4 if tokens == 8 else 2
-    sizes = (size for size in (least, 4) if blocks * WARPS // size <= tiles)
-    return next(sizes, WARPS)
+
+    def fullness(size: int) -> float:
+        each = -(-rows * size // (blocks * WARPS))
+        return each / (-(-each // TILE) * TILE)
+
+    least = 4 if tokens == 8 else 2
+    few = (size for size in (least, 4) if rows * size >= blocks * WARPS * TILE)
+    return next((size for size in few if fullness(size) >= 0.9 * fullness(WARPS)), WARPS)
 
 
 def shares(blocks: int, team: int, rows: int) -> tuple[int, int, int]:
