@@ -51,10 +51,9 @@ struct Counted {
 };
 
 // The experts of one token, by one warp. `picks` and `shares` are [tokens, top_k].
-// WAITS: for logits that other blocks of the same launch still write
-template <bool WAITS>
+// waits: for logits that other blocks of the same launch still write
 __device__ __forceinline__ void choose_for(const Choice& a, int token, unsigned* bits, int* picks,
-                                           float* shares) {
+                                           float* shares, bool waits) {
     constexpr int EACH = MOST / 32;  // experts of a lane
     const int length = (int)a.length, row = token / length;
     const int experts = (int)a.experts, top_k = (int)a.top_k, lane = threadIdx.x % 32;
@@ -75,7 +74,7 @@ __device__ __forceinline__ void choose_for(const Choice& a, int token, unsigned*
             score[i] = fresh(a.logits + token * experts + min(i * 32 + lane, experts - 1));
 #pragma unroll
         for (int i = 0; i < EACH; i++) blank |= __float_as_uint(score[i]) == BLANK;
-    } while (WAITS && __reduce_max_sync(~0u, blank));
+    } while (waits && __reduce_max_sync(~0u, blank));
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         score[i] = __fdividef(1.f, 1.f + __expf(-score[i]));
