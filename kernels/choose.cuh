@@ -51,9 +51,10 @@ struct Counted {
 };
 
 // The experts of one token, by one warp. `picks` and `shares` are [tokens, top_k].
-// waits: for logits that other blocks of the same launch still write
+// WAITS: for logits that other blocks of the same launch still write
+template <bool WAITS>
 __device__ __forceinline__ void choose_for(const Choice& a, int token, unsigned* bits, int* picks,
-                                           float* shares, bool waits) {
+                                           float* shares) {
     constexpr int EACH = MOST / 32;  // experts of a lane
     const int length = (int)a.length, row = token / length;
     const int experts = (int)a.experts, top_k = (int)a.top_k, lane = threadIdx.x % 32;
@@ -74,7 +75,7 @@ __device__ __forceinline__ void choose_for(const Choice& a, int token, unsigned*
             score[i] = fresh(a.logits + token * experts + min(i * 32 + lane, experts - 1));
 #pragma unroll
         for (int i = 0; i < EACH; i++) blank |= __float_as_uint(score[i]) == BLANK;
-    } while (waits && __reduce_max_sync(~0u, blank));
+    } while (WAITS && __reduce_max_sync(~0u, blank));
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         score[i] = __fdividef(1.f, 1.f + __expf(-score[i]));

@@ -12,7 +12,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) choose(const Arguments a) 
     wait_for_inputs();
     let_next_start();
     const int token = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
-    if (token < a.tokens) choose_for(a, token, a.bits, a.places, a.shares, false);
+    if (token < a.tokens) choose_for<false>(a, token, a.bits, a.places, a.shares);
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) is_last = atomicInc(a.arrived, gridDim.x - 1) == gridDim.x - 1;

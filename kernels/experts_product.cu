@@ -49,17 +49,13 @@ struct Choosing {
 __device__ __forceinline__ unsigned choose_here(const Choice& choice, Choosing& here) {
     const int warp = threadIdx.x / 32;
     const bool writes = blockIdx.x == gridDim.x - 1, is_one = choice.tokens == 1;
-    // One token's choice is rehearsed: what runs for the first time waits for its instructions, and the
-    // logits are not there yet. Its bits are not read.
 #pragma unroll 1
-    for (int waits = !is_one; waits < 2; waits++) {
-#pragma unroll 1
-        for (int token = warp == CHOOSER ? 0 : warp + 1; token < choice.tokens; token += WARPS + 1)
-            choose_for(choice, token, here.bits, here.picks, here.shares, waits);
-        if (warp == CHOOSER && is_one)
-            list_one(choice, here.picks, here.shares, &here.own, writes && waits);
+    for (int token = warp == CHOOSER ? 0 : warp + 1; token < choice.tokens; token += WARPS + 1)
+        choose_for<true>(choice, token, here.bits, here.picks, here.shares);
+    if (warp == CHOOSER && is_one) {
+        list_one(choice, here.picks, here.shares, &here.own, writes);
+        if (writes) __threadfence();
     }
-    if (writes) __threadfence();
     wait_for_group<0>();
     __syncthreads();  // what has been multiplied with is the experts' now
     const unsigned before = threadIdx.x ? 0 : atomicInc(choice.arrived, gridDim.x - 1);

@@ -36,7 +36,7 @@ __device__ __forceinline__ float over_four_sum(float x) {
 
 // The weight that a part with maximum `own` has in a whole with maximum `all`.
 __device__ __forceinline__ float rescale(float own, float all) {
-    return own == NOTHING ? 0.f : expf(own - all);
+    return own == NOTHING ? 0.f : __expf(own - all);
 }
 
 // grid = (splits, kv heads, R * T); shared: V tiles [WARPS, KEYS, D + 8] bf16, then the same memory
@@ -157,7 +157,7 @@ __device__ __forceinline__ void attend(const Arguments& a) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const float* const own = s[half] + side * 2;
-                const unsigned both = narrow(expf(own[0] - best), expf(own[1] - best));
+                const unsigned both = narrow(__expf(own[0] - best), __expf(own[1] - best));
                 sum += __uint_as_float(both << 16) + __uint_as_float(both & 0xffff0000u);
                 p[half][side] = both;
             }
