@@ -161,8 +161,9 @@ __device__ __forceinline__ void make_lists(const Choice& a, const unsigned* bits
     }
     if (lane == 31) warps[thread / 32] = sum;
     __syncthreads();
+    const int warps_before = thread < MOST ? thread / 32 : 0;  // behind the experts nothing counts
 #pragma unroll 1
-    for (int warp = 0; warp < thread / 32; warp++) sum += warps[warp];
+    for (int warp = 0; warp < warps_before; warp++) sum += warps[warp];
     Counted through(0, 0, 0);
     through.value = sum;
     pairs_before[thread] = through.pairs() - mine;
