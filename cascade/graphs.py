@@ -1,6 +1,6 @@
 """The runner of a GPU: short passes captured into CUDA graphs, one a slice and size.
 
-A step of a 30B model is some 190 kernels of a few microseconds; launched one by one from Python
+A step of a 30B model is some 140 kernels of a few microseconds; launched one by one from Python
 they would wait for the host most of the time. Captured once, they are one launch.
 """
 
