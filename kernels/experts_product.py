@@ -57,6 +57,7 @@ def experts_pairs_up(
     checks.within("the width of the shared expert", rows, 1, 2**31 - 1)
     checks.within("tokens times top_k", tokens * choice.top_k, 0, MOST_PICKS)
     experts = up.shape[0]
+    checks.within("the number of experts of the plan", plan.logits.shape[1], experts, experts)
     router, router_stride = checks.strided("router", choice.router, _BF16, (experts, depth))
     source, stride = checks.strided("shared_up", shared_up, _BF16, (rows, depth))
     place, dense_stride = checks.strided("dense", dense, _BF16, (tokens, rows))

@@ -418,6 +418,9 @@ def test_a_choice_on_the_way_has_its_limits(short: Any, device: str) -> None:
     few, none = choice._replace(top_k=2), (shared_up[:0], dense[:, :0])
     with pytest.raises(checks.KernelArgumentError, match="width of the shared expert is 0"):
         short.experts_pairs_up(x, norm, 1e-5, up, plan, inner, *none, few)
+    others = Plan.empty(tokens, experts + 1, 2, torch.device(device))
+    with pytest.raises(checks.KernelArgumentError, match="experts of the plan is 33"):
+        short.experts_pairs_up(x, norm, 1e-5, up, others, inner[:64], shared_up, dense, few)
     with pytest.raises(checks.KernelArgumentError, match="go together"):
         short.experts_pairs_up(x, norm, 1e-5, up, plan, inner, choice=choice)
     short.experts_up(x, norm, 1e-5, choice, up, plan, inner, shared_up, dense)
