@@ -1,7 +1,8 @@
 """Runs the project's .cu files on a processor, thread by thread, for machines without a GPU.
 
 It shows that indices, fragments and barriers are right, with the launchers' own checks and grids;
-it shows nothing about speed, nor about races, since threads take turns.
+it shows nothing about speed, and of races only those that come out where threads take turns, in
+every other block from the last to the first.
 """
 
 from __future__ import annotations

@@ -43,8 +43,11 @@ static void run_block(unsigned threads, size_t shared) {
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, run_thread, 0);
     }
+    // Every other block from the last thread to the first: a barrier that is missing shows in one of them.
+    const bool backwards = (blockIdx.x + blockIdx.y + blockIdx.z) % 2;
     while (alive)
-        for (unsigned i = 0; i < threads; i++) {
+        for (unsigned turn = 0; turn < threads; turn++) {
+            const unsigned i = backwards ? threads - 1 - turn : turn;
             if (fibers[i].done) continue;
             current = (int)i;
             threadIdx = fibers[i].index;
