@@ -26,11 +26,13 @@ import torch
 from torch import Tensor
 
 from cascade.architecture import Architecture
+from cascade.buckets import bucket_of_rows
 from cascade.errors import CacheFull, RequestError, unknown
 from cascade.threads import threads_for
 
 DraftCache = Literal["shared", "own"]
 DRAFT_CACHES: tuple[DraftCache, ...] = ("shared", "own")
+NOTHING = (-1, -1, 0, 0, 0)  # a fold of no slot, which fills up a graph's rows
 
 
 class Journal:
@@ -256,7 +258,8 @@ class Cache:
         numbers = [(f.slot.index, f.source, f.count, f.slot.folded, f.writer) for f in folds]
         resident = journal is self.journal
         if resident and self.kernels.CAPTURABLE:
-            self._replay(numbers)
+            idle = bucket_of_rows(len(numbers)) - len(numbers)
+            self._replay([*numbers, *[NOTHING] * idle])
             return
         rows, sources, counts, starts, writers = self.index(*numbers)
         if any(fold.count for fold in folds):
@@ -279,7 +282,7 @@ class Cache:
         self.kernels.conv_commit(self.window, journal.inputs, rows, sources, counts)
 
     def _replay(self, numbers: Sequence[tuple[int, ...]]) -> None:
-        """A commit from the resident journal, as one CUDA graph a row count.
+        """A commit from the resident journal, as one CUDA graph a number of rows.
 
         Whatever the rows keep: an entry 0 that none was kept for does not count.
         """

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cascade.architecture import Architecture
+from cascade.buckets import bucket_of_length, bucket_of_rows
 from cascade.cache import Cache
 from cascade.decode import Arena, Buffers, Row, Table, runs_short, short_pass
 from cascade.forward import Feed
@@ -194,17 +195,6 @@ class Decoder:
             numbers = table.numbers.view(-1, table.rows)
             logits, picked = captured.buffers.logits, captured.picked
             kernels.pick_tokens(logits, picked, self.latest, table.slots, numbers)
-
-
-def bucket_of_rows(rows: int) -> int:
-    """Rows that a graph is captured for: exact where few, then in steps of an eighth."""
-    step = max(1, 2 ** ((rows - 1).bit_length() - 3)) if rows > 8 else 1
-    return -(-rows // step) * step
-
-
-def bucket_of_length(length: int) -> int:
-    """Tokens a row: exact up to 9, then one more than a multiple of 8."""
-    return length if length <= 9 else -(-(length - 1) // 8) * 8 + 1
 
 
 def _arena_size(tokens: int) -> int:

@@ -37,16 +37,16 @@ def test_commits_replayed_from_a_graph_are_those_of_single_launches(
     device: str, kernels: SimpleNamespace
 ) -> None:
     model = elastic(parent("M*E*M").to(device))
-    graphed = model.cache(max_batch=4, max_length=96, max_draft=8)
-    single = model.cache(max_batch=4, max_length=96, max_draft=8)
+    graphed = model.cache(max_batch=9, max_length=96, max_draft=8)
+    single = model.cache(max_batch=9, max_length=96, max_draft=8)
     graphed.kernels = kernels  # type: ignore[assignment]
     single.kernels = SimpleNamespace(**{**vars(kernels), "CAPTURABLE": False})  # type: ignore[assignment]
-    for rows in (1, 3, 2):
+    for rows in (1, 3, 9, 2):
         for cache in (graphed, single):
             drive(model, cache, rows)
         for name in ("state", "window", "provenance", "keys", "values"):
             assert torch.equal(getattr(graphed, name), getattr(single, name)), name
-    assert set(graphed._graphs) == {1, 2, 3}
+    assert set(graphed._graphs) == {1, 2, 3, 10}  # nine rows, and one that is none
     assert not single._graphs
 
 
