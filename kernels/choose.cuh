@@ -4,6 +4,7 @@
 // threads run: a bit per (expert, token) is set, and a token's place among those of its expert is the
 // number of bits before its own.
 #pragma once
+#include "lanes.cuh"
 #include "ptx.cuh"
 
 typedef unsigned long long u64;
@@ -103,8 +104,7 @@ __device__ __forceinline__ void choose_for(const Choice& a, int token, unsigned*
         const float value = __shfl_sync(~0u, score[i], pick % 32);
         if (pick / 32 == i && lane < top_k) own = value;
     }
-    float total = own;
-    for (int distance = 16; distance; distance /= 2) total += __shfl_xor_sync(~0u, total, distance);
+    const float total = over_warp(own);
     if (lane >= top_k) return;
     picks[token * top_k + lane] = pick;
     shares[token * top_k + lane] =

@@ -74,11 +74,6 @@ __device__ __forceinline__ void make_blank(const Choice& choice) {
         choice.logits[i] = __uint_as_float(BLANK);
 }
 
-__device__ __forceinline__ float over_warp(float x) {
-    for (int distance = 16; distance; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
-    return x;
-}
-
 // The logits of a block's experts. All of them together are less than a tile for every block, and all
 // others wait for them: few ways to memory for a token, whose columns are shared by a team of warps.
 __device__ __forceinline__ void route(const Arguments& a) {

@@ -22,7 +22,7 @@ _KERNELS = {
     )
 }
 
-NO_SHARED = (0,) * 7
+NO_SHARED, NO_CHOICE = (0,) * 7, (0,) * choose_experts.MEMBERS
 
 
 def experts_pairs_up(
@@ -50,7 +50,7 @@ def experts_pairs_up(
     if shared_up is None or dense is None or choice is None:
         if any(given is not None for given in (shared_up, dense, choice)):
             raise checks.KernelArgumentError("shared_up, dense and choice go together")
-        _launch("up", x, up, plan, target, scale, eps, NO_SHARED, (), norm, inner)
+        _launch("up", x, up, plan, target, scale, eps, NO_SHARED, NO_CHOICE, norm, inner)
         return
     tokens, rows = x.shape[0], shared_up.shape[0]
     checks.within("the number of tokens", tokens, 0, SHARED_WIDTHS[-1])
@@ -76,7 +76,7 @@ def experts_pairs_down(inner: Tensor, down: Tensor, plan: Plan, out: Tensor) -> 
     pairs, width = plan.tokens.numel(), down.shape[1]
     target = checks.array("out", out, _FP32, (pairs, width))
     checks.within("the rows of inner", inner.shape[0], pairs, pairs)
-    _launch("down", inner, down, plan, target, 0, 0.0, NO_SHARED, (), out)
+    _launch("down", inner, down, plan, target, 0, 0.0, NO_SHARED, NO_CHOICE, out)
 
 
 def _launch(
@@ -146,12 +146,12 @@ def _launch(
             held,
             checks.float_bits(eps),
             tile_stream.logarithm(team),
-            tile_stream.inverse(blocks * tile_stream.WARPS // team),
+            tile_stream.inverse(tile_stream.teams(blocks, team)),
             tile_stream.inverse(width),
             *tile_stream.shares(blocks, shared_team, shared_width),
             router_blocks(experts, blocks),
             tile_stream.logarithm(max(tile_stream.WARPS // rows, 1)),
-            *(choosing or (0,) * choose_experts.MEMBERS),
+            *choosing,
         ),
         tile_stream.RING,
     )

@@ -1,4 +1,5 @@
 // RMSNorm over each of several equal groups of columns.
+#include "lanes.cuh"
 #include "numbers.cuh"
 #include "ptx.cuh"
 
@@ -26,7 +27,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) group_norm(const Arguments
 #pragma unroll
         for (int i = 0; i < 8; i++) squares = fmaf(v[i], v[i], squares);
     }
-    for (int step = 16; step; step /= 2) squares += __shfl_xor_sync(~0u, squares, step);
+    squares = over_warp(squares);
     if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = squares;
     __syncthreads();
     float sum = 0.f;

@@ -7,6 +7,7 @@
 // replays the journal, continues from the very numbers that this pass has seen.
 #pragma once
 #include "activations.cuh"
+#include "lanes.cuh"
 #include "numbers.cuh"
 #include "ptx.cuh"
 
@@ -37,11 +38,6 @@ __device__ __forceinline__ float4 load_four(const float* from) {
 }
 
 __device__ __forceinline__ float4 load_four(const bf16* from) { return four(from); }
-
-__device__ __forceinline__ float over_warp(float x) {
-    for (int distance = 16; distance; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
-    return x;
-}
 
 // The sum of a value over the lanes up to and with each.
 __device__ __forceinline__ float sum_through(float x) {

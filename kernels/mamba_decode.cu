@@ -62,11 +62,6 @@ __device__ __forceinline__ void add_products(float4& sum, const float4& a, const
 
 __device__ __forceinline__ float all_of(const float4& sum) { return sum.x + sum.y + (sum.z + sum.w); }
 
-__device__ __forceinline__ float over_four(float x) {
-    x += __shfl_xor_sync(~0u, x, 1);
-    return x + __shfl_xor_sync(~0u, x, 2);
-}
-
 // Lane 4 r + q gets the sum of sums[r] over the lanes 4 i + q.
 __device__ __forceinline__ float spread(float (&sums)[8]) {
 #pragma unroll

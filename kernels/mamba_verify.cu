@@ -177,8 +177,7 @@ __device__ __forceinline__ void step(const Arguments& a) {
         y *= __expf(sum[now]);
         for (int j = quarter; j <= now; j += 4)
             y = fmaf(weight[(t - first) * held + j], widen(x[j * rows + p]), y);
-        y += __shfl_xor_sync(~0u, y, 1);
-        y += __shfl_xor_sync(~0u, y, 2);
+        y = over_four(y);
         y = fmaf(skip, widen(x[now * rows + p]), y);
         const float mine = (t - first) / 4 ? gate[1] : gate[0];
         y *= silu(__shfl_sync(~0u, mine, (lane & ~3) + (t - first) % 4));

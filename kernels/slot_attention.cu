@@ -2,6 +2,7 @@
 //
 // Heads that share K and V are the 16 rows of an mma. The eight columns of K that a lane reads at once
 // make the depth of two mma in another order, the same for the query.
+#include "lanes.cuh"
 #include "numbers.cuh"
 #include "ptx.cuh"
 
@@ -27,11 +28,6 @@ constexpr float NOTHING = -3.402823466e38f;  // the maximum of no scores
 __device__ __forceinline__ float over_four_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
     return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-
-__device__ __forceinline__ float over_four_sum(float x) {
-    x += __shfl_xor_sync(~0u, x, 1);
-    return x + __shfl_xor_sync(~0u, x, 2);
 }
 
 // The weight that a part with maximum `own` has in a whole with maximum `all`.
@@ -161,7 +157,7 @@ __device__ __forceinline__ void attend(const Arguments& a) {
                 sum += __uint_as_float(both << 16) + __uint_as_float(both & 0xffff0000u);
                 p[half][side] = both;
             }
-            whole[side] = whole[side] * kept + over_four_sum(sum);
+            whole[side] = whole[side] * kept + over_four(sum);
             top[side] = best;
 #pragma unroll
             for (int n = 0; n < OUT; n++) o[n][side * 2] *= kept, o[n][side * 2 + 1] *= kept;

@@ -44,7 +44,11 @@ def team(blocks: int, rows: int, tokens: int) -> int:
 
 def shares(blocks: int, team: int, rows: int) -> tuple[int, int, int]:
     """For a kernel whose teams share rows: log2 of a team's warps, its rows, and rows left over."""
-    return logarithm(team), *divmod(rows, blocks * WARPS // team)
+    return logarithm(team), *divmod(rows, teams(blocks, team))
+
+
+def teams(blocks: int, team: int) -> int:
+    return blocks * WARPS // team
 
 
 def logarithm(power: int) -> int:
