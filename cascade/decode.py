@@ -285,6 +285,11 @@ def runs_short(weights: ModelWeights, arch: Architecture) -> bool:
     return len(_dense_widths(weights)) <= 1
 
 
+def depth_of_experts(weights: ModelWeights) -> int:
+    """Columns of the products with the routed experts' weights, the most of both halves."""
+    return max(weights.hidden, _routed_width(weights))
+
+
 def _routed_width(weights: ModelWeights) -> int:
     widths = [x.mixer.up.shape[1] for x in weights.layers if isinstance(x.mixer, MoEWeights)]
     return max(widths, default=1)

@@ -19,8 +19,17 @@ from torch import Tensor
 from cascade.architecture import Architecture
 from cascade.buckets import bucket_of_length, bucket_of_rows
 from cascade.cache import Cache
-from cascade.decode import Arena, Buffers, Row, Table, runs_short, short_pass
+from cascade.decode import (
+    Arena,
+    Buffers,
+    Row,
+    Table,
+    depth_of_experts,
+    runs_short,
+    short_pass,
+)
 from cascade.forward import Feed
+from cascade.kernels.experts_pairs import item_tokens
 from cascade.kernels.plan import Plan
 from cascade.runner import Runner
 from cascade.weights import ModelWeights
@@ -48,10 +57,9 @@ class GraphRunner(Runner):
         """What runs short passes over this cache; None where no kernel fits the model."""
         if cache not in self._decoders:
             parent = max(self.views, key=lambda view: view.hidden)
+            needs = self.arch, parent.dtype, cache.journal.entries, depth_of_experts(parent)
             fits = (
-                runs_short(parent, self.arch)
-                and self.kernels.short_pass_obstacle(self.arch, parent.dtype, cache.journal.entries)
-                is None
+                runs_short(parent, self.arch) and self.kernels.short_pass_obstacle(*needs) is None
             )
             self._decoders[cache] = Decoder(self, cache, parent) if fits else None
         return self._decoders[cache]
@@ -154,11 +162,12 @@ class Decoder:
             self._pool = None  # a pool whose graphs are all gone cannot be captured into
             self._arena = Arena(_arena_size(tokens), device)
         arch, weights = self._arch, self._views[writer]
+        together = item_tokens(tokens, depth_of_experts(weights))
         captured = Captured(
             Table(height, length, device),
             Buffers.over(self._arena, weights, self._parent, arch, tokens),
             [
-                Plan.empty(tokens, arch.experts, arch.top_k, device)
+                Plan.empty(tokens, arch.experts, arch.top_k, device, together)
                 for _ in range(arch.kinds.count("moe"))
             ],
             torch.zeros(height, dtype=torch.int64, device=device),

@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from cascade.kernels.combine_pairs import combine_pairs
-from cascade.kernels.experts_product import experts_pairs_down
-from cascade.kernels.experts_sum import experts_sum
+from cascade.kernels.experts_pairs import experts_pairs_down
+from cascade.kernels.experts_sum import FEW, experts_sum
 from cascade.kernels.plan import Plan
-
-FEW = 32  # tokens up to which a block may go through all experts for its share of the channels
 
 
 def experts_down(

@@ -19,7 +19,7 @@ struct Arguments {
     long long shared_width, shared_stride, shared_input, items_held, share, rest;
 };
 
-// A run of batches of one item, or of up to 8 * N tokens of the shared expert.
+// A run of batches of one item, or of up to 8 tokens of the shared expert.
 struct Piece {
     bool is_routed;
     int item, begin, end;
@@ -30,11 +30,10 @@ struct Piece {
 struct Plan {
     int items, routed, shared, first, last;  // batches of an item, and of the shared expert
 
-    template <int N>
     __device__ __forceinline__ static Plan of(const Arguments& a, int items, int warp) {
-        const int routed = ((int)a.width + SPAN<N> - 1) / SPAN<N>;
-        const int shared = ((int)a.shared_width + SPAN<N> - 1) / SPAN<N>;
-        const int total = items * routed + ((int)a.tokens + 8 * N - 1) / (8 * N) * shared;
+        const int routed = ((int)a.width + SPAN<1> - 1) / SPAN<1>;
+        const int shared = ((int)a.shared_width + SPAN<1> - 1) / SPAN<1>;
+        const int total = items * routed + ((int)a.tokens + 7) / 8 * shared;
         return {items, routed, shared, total * warp / WARPS, total * (warp + 1) / WARPS};
     }
 
@@ -56,8 +55,7 @@ struct Plan {
 // grid = (blocks that share the channels); shared: the ring, then sums [WARPS, tokens, TILE] fp32
 constexpr int SLOTS = 2 * STAGES;  // nothing else is read, so nothing waits behind more of them
 
-template <int N>
-__device__ __forceinline__ void down(const Arguments& a) {
+extern "C" __global__ void __launch_bounds__(THREADS, 2) down(const Arguments a) {
     extern __shared__ uint4 shared[];
     float* const sums = reinterpret_cast<float*>(shared + Ring<SLOTS>::PIECES);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
@@ -65,10 +63,10 @@ __device__ __forceinline__ void down(const Arguments& a) {
     const Team team(3);
     float* const own = sums + warp * tokens * TILE;
     // Written by the kernel before the one before, so there already; not what L1 has of it.
-    const Plan plan = Plan::of<N>(a, fresh(a.counts), warp);
+    const Plan plan = Plan::of(a, fresh(a.counts), warp);
     const Piece start = plan.start();
 
-    const auto column = [](int batch) { return own_column(batch * SPAN<N>); };
+    const auto column = [](int batch) { return own_column(batch * SPAN<1>); };
     Ring<SLOTS> ring(shared);
     Walk walk(team, (int)a.share, (int)a.rest, (int)a.hidden), ahead = walk;
     Tile coming = ahead.next();
@@ -97,7 +95,7 @@ __device__ __forceinline__ void down(const Arguments& a) {
         const int k = column(next);
         return {low + k, high + k, end - k};
     };
-    ring.template fill<N>(following);
+    ring.template fill<1>(following);
     wait_for_inputs();
     let_next_start();
 
@@ -108,30 +106,24 @@ __device__ __forceinline__ void down(const Arguments& a) {
         for (int at = plan.first; at < plan.last;) {
             if (at > plan.first) now = plan.after(now, at);
             const int depth = (int)(now.is_routed ? a.width : a.shared_width);
-            const long long first = now.is_routed ? a.items[a.items_held + now.item] : now.item * 8 * N;
+            const long long first = now.is_routed ? a.items[a.items_held + now.item] : now.item * 8;
             const int count =
-                now.is_routed ? a.items[2 * a.items_held + now.item] : min(8 * N, tokens - (int)first);
+                now.is_routed ? a.items[2 * a.items_held + now.item] : min(8, tokens - (int)first);
             const bf16* const source = now.is_routed ? a.inner : a.shared_inner;
             const long long stride = now.is_routed ? a.width : a.shared_input;
-            const bf16* x[N];
-#pragma unroll
-            for (int n = 0; n < N; n++)
-                x[n] = n * 8 + g < count ? source + (first + n * 8 + g) * stride : nullptr;
-            float sum[N][4] = {};
+            const bf16* const x[1] = {g < count ? source + (first + g) * stride : nullptr};
+            float sum[1][4] = {};
             Plain plain;
             multiply(sum, ring, x, now.begin, now.end, depth, plain, column, following);
 #pragma unroll
-            for (int n = 0; n < N; n++)
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    const int pair = n * 8 + lane % 4 * 2 + i;
-                    if (pair >= count) continue;
-                    const int token =
-                        now.is_routed ? a.pair_token[first + pair] : (int)first + pair;
-                    const float weight = now.is_routed ? a.pair_weight[first + pair] : 1.f;
-                    own[token * TILE + g] += sum[n][i] * weight;
-                    own[token * TILE + g + 8] += sum[n][i + 2] * weight;
-                }
+            for (int i = 0; i < 2; i++) {
+                const int pair = lane % 4 * 2 + i;
+                if (pair >= count) continue;
+                const int token = now.is_routed ? a.pair_token[first + pair] : (int)first + pair;
+                const float weight = now.is_routed ? a.pair_weight[first + pair] : 1.f;
+                own[token * TILE + g] += sum[0][i] * weight;
+                own[token * TILE + g + 8] += sum[0][i + 2] * weight;
+            }
             __syncwarp();
             at += now.end - now.begin;
         }
@@ -148,10 +140,3 @@ __device__ __forceinline__ void down(const Arguments& a) {
         __syncthreads();
     }
 }
-
-#define ENTRY(name, N)                                                                 \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) name(const Arguments a) { \
-        down<N>(a);                                                                    \
-    }
-ENTRY(down_8, 1)
-ENTRY(down_16, 2)

@@ -11,12 +11,11 @@ from cascade.kernels.plan import Plan
 
 THREADS, WARPS, TILE = 256, 8, 16  # as in the .cu
 RING = 2 * tile_stream.RING  # as in the .cu
-LARGEST_SHARED = 227 * 1024 - RING
+FEW = 32  # tokens up to which a block may go through all experts for its share of the channels
+ITEM_TOKENS = 8  # of the plan
 
 _BF16, _INT32, _FP32 = (torch.bfloat16,), (torch.int32,), (torch.float32,)
-_KERNELS = {
-    tokens: Kernel("experts_sum", f"down_{tokens}", 21, overlaps=True) for tokens in (8, 16)
-}
+_KERNEL = Kernel("experts_sum", "down", 21, overlaps=True)
 
 
 def experts_sum(
@@ -30,7 +29,7 @@ def experts_sum(
     """The second half of the chosen experts and of the shared one, added up as it is computed.
 
     For few tokens. See reference_decode.experts_down. bf16; F, Fs and all strides must be multiples
-    of 8; at most 320 tokens.
+    of 8; at most 32 tokens, items of 8.
     """
     tokens, hidden = checks.sizes("x", x, "n K")
     experts, _, width = checks.sizes("down", down, "E K F")
@@ -56,15 +55,13 @@ def experts_sum(
         checks.array("plan.tokens", plan.tokens, _INT32, (pairs,)),
         checks.array("plan.weights", plan.weights, _FP32, (pairs,)),
     )
-    if plan.item_tokens not in _KERNELS:
-        raise checks.KernelArgumentError(f"items of {plan.item_tokens} tokens; expected 8 or 16")
-    sums = 4 * WARPS * tokens * TILE
-    checks.within("the sums of all tokens, in bytes of shared memory,", sums, 0, LARGEST_SHARED)
+    checks.within("the number of tokens", tokens, 0, FEW)
+    checks.within("the tokens of an item", plan.item_tokens, 1, ITEM_TOKENS)
     device = checks.one_gpu(x, inner, down, shared_inner, shared_down, *plan[:4])
     if not (tokens and hidden and width):
         return
     blocks = tile_stream.blocks(device, 0, hidden)
-    _KERNELS[plan.item_tokens].launch(
+    _KERNEL.launch(
         device,
         (blocks, 1, 1),
         (THREADS, 1, 1),
@@ -87,5 +84,5 @@ def experts_sum(
             held,
             *divmod(hidden, blocks),
         ),
-        RING + sums,
+        RING + 4 * WARPS * TILE * tokens,
     )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from cascade.kernels.choose_experts import choose_experts
-from cascade.kernels.experts_product import MOST_PICKS, SHARED_WIDTHS, experts_pairs_up
+from cascade.kernels.experts_few import MOST_PICKS, WIDTHS, experts_few
+from cascade.kernels.experts_pairs import experts_pairs_up
+from cascade.kernels.group_norm import group_norm
 from cascade.kernels.norm_linear import norm_linear
 from cascade.kernels.plan import Choice, Plan
 
@@ -23,11 +26,11 @@ def experts_up(
 ) -> None:
     """See reference_decode.experts_up. bf16; K and all strides must be multiples of 8."""
     tokens, shared = x.shape[0], shared_up.shape[0]
-    if shared and tokens <= SHARED_WIDTHS[-1] and tokens * choice.top_k <= MOST_PICKS:
-        experts_pairs_up(x, norm, eps, up, plan, inner, shared_up, dense, choice)
+    if shared and tokens <= WIDTHS[-1] and tokens * choice.top_k <= MOST_PICKS:
+        experts_few(x, norm, eps, choice, up, plan, inner, shared_up, dense)
         return
-    norm_linear(
-        x, [choice.router, shared_up], [plan.logits, dense], ["store", "relu2"], norm, eps=eps
-    )
+    normed = torch.empty_like(x, memory_format=torch.contiguous_format)
+    group_norm(x, norm, 1, eps, normed)
+    norm_linear(normed, [choice.router, shared_up], [plan.logits, dense], ["store", "relu2"])
     choose_experts(plan.logits, *choice[1:], plan)
-    experts_pairs_up(x, norm, eps, up, plan, inner)
+    experts_pairs_up(normed, up, plan, inner)

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from cascade.kernels import choose_experts, mamba_decode, mamba_step, slot_attention
+from cascade.kernels import choose_experts, experts_pairs, mamba_decode, mamba_step, slot_attention
 
 
-def short_pass_obstacle(arch: Any, dtype: torch.dtype, entries: int) -> str | None:
+def short_pass_obstacle(arch: Any, dtype: torch.dtype, entries: int, depth: int) -> str | None:
     """Why the kernels cannot run a model, or None where they can.
 
     arch:    its sizes, by the names of `cascade.architecture.Architecture`
-    entries: of a journal row
+    entries: of a journal row; depth: columns of the experts' products, the most of both halves
     """
     shared = mamba_step.shared_bytes(entries, arch.head_dim, arch.state_size)
     group = arch.query_heads // max(arch.kv_heads, 1)
@@ -32,6 +32,7 @@ def short_pass_obstacle(arch: Any, dtype: torch.dtype, entries: int) -> str | No
         (group > 16, f"{group} heads that share K and V"),
         (arch.experts > choose_experts.LARGEST_EXPERTS, f"{arch.experts} experts"),
         (arch.experts % 4, f"{arch.experts} experts, no multiple of 4"),
+        (experts_pairs.most_together(depth) < 8, f"experts of {depth} columns"),
         (arch.top_k > choose_experts.LARGEST_CHOICE, f"{arch.top_k} experts a token"),
     )
     return next((text for holds, text in obstacles if holds), None)

@@ -51,8 +51,10 @@ class Plan(NamedTuple):
     item_tokens: int
 
     @classmethod
-    def empty(cls, tokens: int, experts: int, top_k: int, device: torch.device) -> Plan:
-        item_tokens = 8 if tokens <= 64 else 16
+    def empty(
+        cls, tokens: int, experts: int, top_k: int, device: torch.device, item_tokens: int = 8
+    ) -> Plan:
+        """item_tokens: see `experts_pairs.item_tokens`; 8 is right for at most 32 tokens."""
         held = min(tokens * top_k, experts + tokens * top_k // item_tokens)
         pairs, words = tokens * top_k, -(-tokens // 32)
 

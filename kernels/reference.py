@@ -275,7 +275,7 @@ def accept_resample(
     return accepted, race_sample(after, seeds, positions + accepted, stream=2)
 
 
-def short_pass_obstacle(arch: object, dtype: torch.dtype, entries: int) -> str | None:
+def short_pass_obstacle(arch: object, dtype: torch.dtype, entries: int, depth: int) -> str | None:
     """Nothing hinders plain PyTorch; see `cascade.kernels.limits`."""
     return None
 

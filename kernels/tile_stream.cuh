@@ -288,3 +288,8 @@ __device__ __forceinline__ float relu_squared(float x) {
     const float positive = fmaxf(x, 0.f);
     return positive * positive;
 }
+
+// The same of what is kept as bf16.
+__device__ __forceinline__ bf16 activated(float x) {
+    return (bf16)narrow(relu_squared(widen((bf16)narrow(x))));
+}

@@ -51,7 +51,8 @@ def short() -> Any:
     from cascade.kernels.choose_experts import choose_experts
     from cascade.kernels.combine_pairs import combine_pairs
     from cascade.kernels.embed_tokens import embed_tokens
-    from cascade.kernels.experts_product import experts_pairs_down, experts_pairs_up
+    from cascade.kernels.experts_few import experts_few
+    from cascade.kernels.experts_pairs import experts_pairs_down, experts_pairs_up
     from cascade.kernels.experts_sum import experts_sum
     from cascade.kernels.experts_up import experts_up
     from cascade.kernels.group_norm import group_norm
@@ -64,6 +65,7 @@ def short() -> Any:
         choose_experts=choose_experts,
         embed_tokens=embed_tokens,
         combine_pairs=combine_pairs,
+        experts_few=experts_few,
         experts_pairs_down=experts_pairs_down,
         experts_pairs_up=experts_pairs_up,
         experts_sum=experts_sum,

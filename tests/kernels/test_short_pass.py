@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cascade.kernels import checks, mamba_decode, tile_stream
+from cascade.kernels import checks, experts_pairs, mamba_decode, tile_stream
 from cascade.kernels import reference_decode as reference
+from cascade.kernels.experts_pairs import item_tokens
 from cascade.kernels.plan import Choice, Plan
 from cascade.kernels.reference_layers import rms_norm
 
@@ -370,7 +371,7 @@ def test_experts_are_chosen_on_the_way(
         wide(x), wide(norm), 1e-5, exact, wide(up), expected, wanted, wide(shared_up), wanted_dense
     )
     for _ in range(2):
-        short.experts_pairs_up(x, norm, 1e-5, up, plan, inner, shared_up, dense, choice)
+        short.experts_few(x, norm, 1e-5, choice, up, plan, inner, shared_up, dense)
     items, pairs = int(expected.counts[0]), int(counts.sum()) * top_k
     assert torch.equal(plan.counts, expected.counts)
     assert torch.equal(plan.items[:, :items], expected.items[:, :items])
@@ -397,7 +398,7 @@ def test_a_token_that_does_not_count_chooses_no_expert(short: Any, device: str) 
     x, norm = normal(1, depth, device=device), normal(depth, device=device)
     up, shared_up = normal(experts, 16, depth, device=device), prefix(24, depth, device)
     inner, dense = unwritten(top_k, 16, device=device), unwritten(1, 24, device=device)
-    short.experts_pairs_up(x, norm, 1e-5, up, plan, inner, shared_up, dense, choice)
+    short.experts_few(x, norm, 1e-5, choice, up, plan, inner, shared_up, dense)
     assert plan.counts.tolist() == [0, 0]
     assert plan.places.tolist() == [-1, -1]
     assert inner.isnan().all()
@@ -414,15 +415,16 @@ def test_a_choice_on_the_way_has_its_limits(short: Any, device: str) -> None:
     inner = unwritten(tokens * top_k, 8, device=device)
     dense = unwritten(tokens, 8, device=device)
     with pytest.raises(checks.KernelArgumentError, match="tokens times top_k is 288"):
-        short.experts_pairs_up(x, norm, 1e-5, up, plan, inner, shared_up, dense, choice)
+        short.experts_few(x, norm, 1e-5, choice, up, plan, inner, shared_up, dense)
     few, none = choice._replace(top_k=2), (shared_up[:0], dense[:, :0])
     with pytest.raises(checks.KernelArgumentError, match="width of the shared expert is 0"):
-        short.experts_pairs_up(x, norm, 1e-5, up, plan, inner, *none, few)
+        short.experts_few(x, norm, 1e-5, few, up, plan, inner, *none)
     others = Plan.empty(tokens, experts + 1, 2, torch.device(device))
     with pytest.raises(checks.KernelArgumentError, match="experts of the plan is 33"):
-        short.experts_pairs_up(x, norm, 1e-5, up, others, inner[:64], shared_up, dense, few)
-    with pytest.raises(checks.KernelArgumentError, match="go together"):
-        short.experts_pairs_up(x, norm, 1e-5, up, plan, inner, choice=choice)
+        short.experts_few(x, norm, 1e-5, few, up, others, inner[:64], shared_up, dense)
+    others = plan._replace(item_tokens=16)
+    with pytest.raises(checks.KernelArgumentError, match="tokens of an item is 16"):
+        short.experts_few(x, norm, 1e-5, few, up, others, inner[:64], shared_up, dense)
     short.experts_up(x, norm, 1e-5, choice, up, plan, inner, shared_up, dense)
     expected = Plan.empty(tokens, experts, top_k, torch.device(device))
     reference.choose_experts(plan.logits, *choice[1:], expected)
@@ -448,6 +450,7 @@ def test_a_choice_on_the_way_has_its_limits(short: Any, device: str) -> None:
         (70, 1, 16, 4, 40, 24, 32),
         (1, 9, 4, 2, 200, 200, 8),
         (25, 1, 12, 2, 264, 56, 200),
+        (9, 20, 6, 3, 136, 72, 16),
     ],
 )
 def test_experts(
@@ -466,9 +469,12 @@ def test_experts(
     counts[0] = length
     x, norm = normal(tokens, depth + 8, device=device)[:, :depth], normal(depth, device=device)
     choice = decided(x, norm, experts, counts, top_k)
-    logits = rms_norm(wide(x), wide(norm), 1e-5) @ wide(choice.router).T
-    plan = Plan.empty(tokens, experts, top_k, torch.device(device))
-    expected = Plan.empty(tokens, experts, top_k, torch.device(device))
+    normed = rms_norm(wide(x), wide(norm), 1e-5)
+    logits = normed @ wide(choice.router).T
+    together = item_tokens(tokens, max(depth, width))
+    plan, expected = (
+        Plan.empty(tokens, experts, top_k, torch.device(device), together) for _ in range(2)
+    )
     reference.choose_experts(logits, *choice[1:], expected)
     short.choose_experts(logits, *choice[1:], plan)
     items, pairs = int(expected.counts[0]), int(counts.sum()) * top_k
@@ -488,11 +494,11 @@ def test_experts(
     weights = wide(x), wide(norm), 1e-5, exact, wide(up), expected
     reference.experts_up(*weights, wanted, wide(shared_up), wanted_dense)
     if tokens <= 32 and tokens * top_k <= 256:
-        short.experts_pairs_up(x, norm, 1e-5, up, plan, inner, shared_up, dense, choice)
+        short.experts_few(x, norm, 1e-5, choice, up, plan, inner, shared_up, dense)
         assert_near([dense, inner[:pairs]], [wanted_dense, wanted[:pairs]])
         assert inner[pairs:].isnan().all()
         inner.fill_(math.nan)
-    short.experts_pairs_up(x, norm, 1e-5, up, plan, inner)
+    short.experts_pairs_up(normed.to(BF16), up, plan, inner)
     assert_near([inner[:pairs]], [wanted[:pairs]])
     assert inner[pairs:].isnan().all()
 
@@ -501,16 +507,78 @@ def test_experts(
     reference.experts_down(
         result, wide(inner), wide(down), expected, wide(dense.clone()), wide(shared_down)
     )
-    before, apart = x.clone(), unwritten(tokens * top_k, depth, device=device, dtype=F32)
-    short.experts_sum(x, inner, down, plan, dense, shared_down)
-    assert_near([x], [result])
+    if tokens <= 32:
+        summed = x.clone()
+        short.experts_sum(summed, inner, down, plan, dense, shared_down)
+        assert_near([summed], [result])
+    apart = unwritten(tokens * top_k, depth, device=device, dtype=F32)
     short.experts_pairs_down(inner, down, plan, apart)
-    again = before.clone()
-    short.combine_pairs(before, apart, plan.places, plan.shares)
+    assert apart[pairs:].isnan().all()
+    combined, again = x.clone(), x.clone()
+    short.combine_pairs(combined, apart, plan.places, plan.shares)
     short.combine_pairs(again, apart.to(BF16), plan.places, plan.shares)
-    assert_near([again], [wide(before)])
-    before += (wide(dense.clone()) @ wide(shared_down).T).to(BF16)
-    assert_near([before], [wide(x)])
+    assert_near([again], [wide(combined)])
+    combined += (wide(dense.clone()) @ wide(shared_down).T).to(BF16)
+    assert_near([combined], [result])
+
+
+@pytest.mark.parametrize("room", [32, 35, 64, None])  # pairs in shared memory at once
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "depth", "width"),
+    [(150, 6, 3, 72, 40), (33, 1, 1, 8, 8), (64, 12, 3, 392, 24), (40, 128, 6, 24, 8)],
+)
+def test_pairs_that_do_not_fit_at_once(
+    short: Any,
+    device: str,
+    tokens: int,
+    experts: int,
+    top_k: int,
+    depth: int,
+    width: int,
+    room: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if room is not None:
+        monkeypatch.setattr(experts_pairs, "room", lambda depth: room)
+    # The first experts get more tokens than the others, so that items are of all sizes.
+    logits = torch.randn(tokens, experts, device=device) - torch.arange(experts, device=device) / 9
+    counts = torch.ones(tokens, dtype=torch.int64, device=device)
+    counts[tokens // 3] = 0
+    plan = Plan.empty(tokens, experts, top_k, torch.device(device), 32)
+    reference.choose_experts(
+        logits, torch.zeros(experts, device=device), counts, top_k, True, 2.5, plan
+    )
+    pairs = int(counts.sum()) * top_k
+    x, up = normal(tokens, depth, device=device), normal(experts, width, depth, device=device)
+    inner, wanted = (unwritten(tokens * top_k, width, device=device) for _ in range(2))
+    down = normal(experts, depth, width, device=device)
+    apart, summed = (unwritten(tokens * top_k, depth, device=device, dtype=F32) for _ in range(2))
+    for expert, first, count in plan.items[:, : int(plan.counts[0])].T.tolist():
+        span = slice(first, first + count)
+        of_tokens = wide(x[plan.tokens[span].long()])
+        wanted[span] = (of_tokens @ wide(up[expert]).T).relu().square().to(BF16)
+        summed[span] = wide(wanted[span]) @ wide(down[expert]).T
+    short.experts_pairs_up(x, up, plan, inner)
+    assert_near([inner[:pairs]], [wanted[:pairs]])
+    short.experts_pairs_down(inner, down, plan, apart)
+    assert_near([apart[:pairs]], [summed[:pairs]])
+    assert inner[pairs:].isnan().all()
+    assert apart[pairs:].isnan().all()
+
+
+def test_pairs_have_their_limits(short: Any, device: str) -> None:
+    plan = Plan.empty(40, 8, 2, torch.device(device), 32)
+    depth = 10_000
+    x, up = normal(40, depth, device=device), normal(8, 8, depth, device=device)
+    inner = unwritten(80, 8, device=device)
+    assert item_tokens(40, depth) == 8
+    with pytest.raises(checks.KernelArgumentError, match="pairs of an item is 32; expected 1 to 8"):
+        short.experts_pairs_up(x, up, plan, inner)
+    with pytest.raises(checks.KernelArgumentError, match="depth K is 9999"):
+        short.experts_pairs_up(x[:, :9999], up[..., :9999], plan, inner)
+    with pytest.raises(checks.KernelArgumentError, match="rows of inner is 40"):
+        out = unwritten(80, 8, device=device, dtype=F32)
+        short.experts_pairs_down(inner[:40], up[:, :8, :8], plan, out)
 
 
 def test_choose_experts_survives_logits_that_are_no_numbers(short: Any, device: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from cascade.kernels import checks, compiler, experts_product
+from cascade.kernels import checks, compiler, experts_few
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
@@ -60,7 +60,7 @@ class Emulator:
             if hasattr(module, "multiprocessors"):
                 patch.setattr(module, "multiprocessors", lambda device: MULTIPROCESSORS)
         # Blocks run one after the other, so none but the first may be waited for.
-        patch.setattr(experts_product, "router_blocks", lambda experts, blocks: 1)
+        patch.setattr(experts_few, "router_blocks", lambda experts, blocks: 1)
 
     def _launch(
         self,

@@ -1,36 +1,28 @@
-// Products with the weights of the chosen experts, for their (token, expert) pairs: relu(up(norm(x))) ** 2
-// into bf16, or down(inner) into fp32.
+// The first half of the experts for few tokens: the choice of experts, relu(up(norm(x))) ** 2 of those
+// that are chosen, and that of the shared expert.
 //
-// The first half may begin with the router's product, by the first blocks, and that of the shared expert,
-// which needs no choice. Then every block chooses for itself, which takes less time than to wait for one
-// that does it for all; a warp beside those that multiply does so while these are busy. Blocks start in
-// the order of their numbers, so those that all others wait for are always there.
+// The first blocks begin with the router's product, and all with the shared expert, which needs no choice.
+// Then every block chooses for itself, which takes less time than to wait for one that does it for all; a
+// warp beside those that multiply does so while these are busy. Blocks start in the order of their
+// numbers, so those that all others wait for are always there.
 #include "choose.cuh"
 #include "tile_stream.cuh"
 
 struct Arguments {
-    const bf16* x;          // up: [tokens, depth], down: [pairs, depth]; rows x_stride apart
-    const bf16* norm;       // up: [depth]
+    const bf16* x;          // [tokens, depth], rows x_stride apart
+    const bf16* norm;       // [depth]
     const bf16* weights;    // [experts, width, depth], strides apart
-    void* out;              // [pairs, width]
+    bf16* out;              // [pairs, width]
     const bf16* router;     // [experts, depth], rows router_stride apart
     const bf16* shared_up;  // [shared width, depth], rows shared_stride apart
     bf16* dense;            // [tokens, shared width], rows dense_stride apart
-    const int* items;       // [3, items held]: expert, first pair, pairs
-    const int* counts;
-    const int* pair_token;
     long long x_stride, tokens, depth, width, expert_stride, row_stride;
-    long long router_stride, shared_width, shared_stride, dense_stride, items_held, eps;
+    long long router_stride, shared_width, shared_stride, dense_stride, eps;
     long long team, inverse_teams, inverse_width;  // of the experts; inverses as floats
     long long shared_team, share, rest;            // of the shared expert
     long long router_blocks, router_team;          // the first blocks; log2 of the warps of a token
-    Choice choice;  // that fills the lists above, of at most MOST pairs; with a shared expert. Its
-                    // logits are blank before and after
+    Choice choice;  // of at most MOST pairs, items of 8; its logits are blank before and after
 };
-
-__device__ __forceinline__ bf16 activated(float x) {
-    return (bf16)narrow(relu_squared(widen((bf16)narrow(x))));
-}
 
 constexpr int CHOOSER = WARPS;  // the warp of a block that does not multiply but choose
 
@@ -124,53 +116,39 @@ __device__ __forceinline__ void route(const Arguments& a) {
 
 // What is multiplied together: the rows of all items' experts, or those of the shared expert, which is
 // one item of all tokens.
-// OWN: whether the items are in this block's own lists; without lists the shared expert is meant
-template <bool OWN>
 struct View {
     const bf16* weights;
-    void* out;         // rows out_stride apart
-    const Lists* own;  // or null
+    bf16* out;         // rows out_stride apart
+    const Lists* own;  // the block's, none for the shared expert
     int expert_stride, row_stride, out_stride, width;
     Team team;
     Walk walk;
 
-    __device__ __forceinline__ int expert(const Arguments& a, int item) const {
-        if (OWN) return own ? own->items[item] & 0xff : 0;
-        return a.items[item];
-    }
-    __device__ __forceinline__ int first(const Arguments& a, int item) const {
-        if (OWN) return own ? own->items[item] >> 16 : 0;
-        return a.items[a.items_held + item];
-    }
+    __device__ __forceinline__ int expert(int item) const { return own ? own->items[item] & 0xff : 0; }
+    __device__ __forceinline__ int first(int item) const { return own ? own->items[item] >> 16 : 0; }
     __device__ __forceinline__ int pairs(const Arguments& a, int item) const {
-        if (OWN) return own ? own->items[item] >> 8 & 0xff : (int)a.tokens;
-        return a.items[2 * a.items_held + item];
+        return own ? own->items[item] >> 8 & 0xff : (int)a.tokens;
     }
-    __device__ __forceinline__ int token(const Arguments& a, int pair) const {
-        if (OWN) return own ? own->token[pair] : pair;
-        return a.pair_token[pair];
-    }
+    __device__ __forceinline__ int token(int pair) const { return own ? own->token[pair] : pair; }
 };
 
-// The experts of so many items.
-template <bool OWN>
-__device__ __forceinline__ View<OWN> experts(const Arguments& a, const Lists* own, int items) {
+__device__ __forceinline__ View experts(const Arguments& a, const Lists& own) {
     const Team team((int)a.team);
-    const int width = (int)a.width, rows = items * width, teams = team.all();
+    const int width = (int)a.width, rows = own.count * width, teams = team.all();
     const int share = quotient(rows, teams, __int_as_float((int)a.inverse_teams));
     const Walk walk(team, share, rows - share * teams, width, __int_as_float((int)a.inverse_width));
-    return {a.weights, a.out, own, (int)a.expert_stride, (int)a.row_stride, width, width, team, walk};
+    return {a.weights, a.out, &own, (int)a.expert_stride, (int)a.row_stride, width, width, team, walk};
 }
 
-__device__ __forceinline__ View<true> shared_expert(const Arguments& a) {
+__device__ __forceinline__ View shared_expert(const Arguments& a) {
     const Team team((int)a.shared_team);
     const int rows = (int)a.shared_width;
     return {a.shared_up, a.dense, nullptr, 0, (int)a.shared_stride, (int)a.dense_stride, rows, team,
             Walk(team, (int)a.share, (int)a.rest, rows)};
 }
 
-template <int N, bool UP, bool OWN>
-__device__ __forceinline__ void multiply_all(const Arguments& a, const View<OWN>& view, uint4* shared,
+template <int N>
+__device__ __forceinline__ void multiply_all(const Arguments& a, const View& view, uint4* shared,
                                              Gathered<N>* gathered) {
     const Team team = view.team;
     const int depth = (int)a.depth, g = threadIdx.x % 32 / 4, batches = team.batches<N>(depth);
@@ -186,7 +164,7 @@ __device__ __forceinline__ void multiply_all(const Arguments& a, const View<OWN>
             coming = ahead.next();
             if (coming.height) {
                 const bf16* const first = view.weights +
-                                          (long long)view.expert(a, coming.unit) * view.expert_stride +
+                                          (long long)view.expert(coming.unit) * view.expert_stride +
                                           (long long)coming.row * view.row_stride;
                 low = first + (long long)min(g, coming.height - 1) * view.row_stride;
                 high = first + (long long)min(g + 8, coming.height - 1) * view.row_stride;
@@ -198,28 +176,23 @@ __device__ __forceinline__ void multiply_all(const Arguments& a, const View<OWN>
     };
     ring.template fill<N>(following);
     wait_for_inputs();
-    if (!OWN || blockIdx.x != gridDim.x - 1) let_next_start();  // that one still has lists to write
+    if (blockIdx.x != gridDim.x - 1) let_next_start();  // that one still has lists to write
 
     int turn = 0;
     for (Tile tile = walk.next(); tile.height; tile = walk.next(), turn ^= 1) {
-        const int first = view.first(a, tile.unit), pairs = view.pairs(a, tile.unit);
+        const int first = view.first(tile.unit), pairs = view.pairs(a, tile.unit);
         const bf16* x[N];
 #pragma unroll
         for (int n = 0; n < N; n++) {
             const int pair = first + n * 8 + g;
             const bool is_there = n * 8 + g < pairs;
-            const int row = UP && is_there ? view.token(a, pair) : pair;
+            const int row = is_there ? view.token(pair) : pair;
             x[n] = is_there ? a.x + row * a.x_stride : nullptr;
         }
         float sum[N][4] = {};
-        if constexpr (UP) {
-            Normed<N> normed(a.norm);
-            multiply(sum, ring, x, 0, batches, depth, normed, column, following);
-            gathered[turn].put_squares(normed);
-        } else {
-            Plain plain;
-            multiply(sum, ring, x, 0, batches, depth, plain, column, following);
-        }
+        Normed<N> normed(a.norm);
+        multiply(sum, ring, x, 0, batches, depth, normed, column, following);
+        gathered[turn].put_squares(normed);
         gathered[turn].put(sum);
         team.meet();
 #pragma unroll 1
@@ -227,67 +200,51 @@ __device__ __forceinline__ void multiply_all(const Arguments& a, const View<OWN>
             const int row = i % TILE, pair = i / TILE;
             if (pair >= pairs || row >= tile.height) continue;
             const float value = gathered[turn].at(team, row, pair);
-            const long long to = (long long)(first + pair) * view.out_stride + tile.row + row;
-            if constexpr (UP) {
-                const float factor = gathered[turn].factor(team, pair, depth, eps);
-                static_cast<bf16*>(view.out)[to] = activated(value * factor);
-            } else
-                static_cast<float*>(view.out)[to] = value;
+            const float factor = gathered[turn].factor(team, pair, depth, eps);
+            view.out[(long long)(first + pair) * view.out_stride + tile.row + row] =
+                activated(value * factor);
         }
     }
 }
 
 // grid = (blocks that share the rows of the shared expert, then those of all items); shared: the ring
-// S: groups of 8 tokens of the shared expert, none for 0
-template <int N, bool UP, int S>
-__device__ __forceinline__ void product(const Arguments& a) {
-    constexpr int MOST_GROUPS = N > S ? N : S;
-    __shared__ Gathered<MOST_GROUPS> memory[2];
+// S: groups of 8 tokens of the shared expert
+template <int S>
+__device__ __forceinline__ void up(const Arguments& a) {
+    __shared__ Gathered<S> memory[2];
+    __shared__ Choosing here;
     extern __shared__ uint4 shared[];
-    if constexpr (S == 0) {
+    const bool multiplies = threadIdx.x < THREADS;
+    if (threadIdx.x < MOST) here.bits[threadIdx.x] = 0;
+    if (blockIdx.x < a.router_blocks && multiplies) {
         wait_for_inputs();
-        multiply_all<N, UP>(a, experts<false>(a, nullptr, a.counts[0]), shared, memory);
-    } else {
-        __shared__ Choosing here;
-        const bool multiplies = threadIdx.x < THREADS;
-        if (threadIdx.x < MOST) here.bits[threadIdx.x] = 0;
-        if (blockIdx.x < a.router_blocks && multiplies) {
-            wait_for_inputs();
-            route(a);
-        }
-        __syncthreads();
-        unsigned before = 0;
-        View<true> view = shared_expert(a);
-        if constexpr (S == N) {
-#pragma unroll 1
-            for (int part = 0; part < 2; part++) {
-                if (part) {
-                    before = choose_here(a.choice, here);
-                    view = experts<true>(a, &here.own, here.own.count);
-                }
-                if (multiplies) multiply_all<N, UP>(a, view, shared, memory);
-            }
-        } else {
-            if (multiplies)
-                multiply_all<S, UP>(a, view, shared, reinterpret_cast<Gathered<S>*>(memory));
-            before = choose_here(a.choice, here);
-            view = experts<true>(a, &here.own, here.own.count);
-            if (multiplies)
-                multiply_all<N, UP>(a, view, shared, reinterpret_cast<Gathered<N>*>(memory));
-        }
-        if (threadIdx.x < 32 && __shfl_sync(~0u, before, 0) == gridDim.x - 1) make_blank(a.choice);
+        route(a);
     }
+    __syncthreads();
+    unsigned before = 0;
+    View view = shared_expert(a);
+    if constexpr (S == 1) {
+#pragma unroll 1
+        for (int part = 0; part < 2; part++) {
+            if (part) {
+                before = choose_here(a.choice, here);
+                view = experts(a, here.own);
+            }
+            if (multiplies) multiply_all<S>(a, view, shared, memory);
+        }
+    } else {
+        if (multiplies) multiply_all<S>(a, view, shared, memory);
+        before = choose_here(a.choice, here);
+        view = experts(a, here.own);
+        if (multiplies) multiply_all<1>(a, view, shared, reinterpret_cast<Gathered<1>*>(memory));
+    }
+    if (threadIdx.x < 32 && __shfl_sync(~0u, before, 0) == gridDim.x - 1) make_blank(a.choice);
 }
 
-#define ENTRY(name, N, UP, S, BLOCKS)                                                            \
-    extern "C" __global__ void __launch_bounds__(THREADS + (S ? 32 : 0), BLOCKS) name(           \
-        const Arguments a) {                                                                     \
-        product<N, UP, S>(a);                                                                    \
+#define ENTRY(name, S)                                                                          \
+    extern "C" __global__ void __launch_bounds__(THREADS + 32, 2) name(const Arguments a) {     \
+        up<S>(a);                                                                               \
     }
-ENTRY(up_8_shared_8, 1, true, 1, 2)
-ENTRY(up_8_shared_16, 1, true, 2, 2)
-ENTRY(up_8_shared_32, 1, true, 4, 2)
-ENTRY(up_8, 1, true, 0, 3)
-ENTRY(up_16, 2, true, 0, 2)
-ENTRY(down_8, 1, false, 0, 3)
-ENTRY(down_16, 2, false, 0, 2)
+ENTRY(up_8, 1)
+ENTRY(up_16, 2)
+ENTRY(up_32, 4)

@@ -1,0 +1,106 @@
+"""Launchers of experts_pairs.cu."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cascade.kernels import checks, tile_stream
+from cascade.kernels.compiler import Kernel, multiprocessors
+from cascade.kernels.plan import Plan
+
+WARPS = 16  # as in the .cu
+RING = 2 * tile_stream.RING
+LARGEST_SHARED = 227 * 1024
+MOST = 32  # pairs of one item
+FEW, FEW_TOGETHER = 32, 8  # what the kernels of few tokens take
+SPAN = 128  # columns of a batch, as in the .cu
+
+_BF16, _INT32, _FP32 = (torch.bfloat16,), (torch.int32,), (torch.float32,)
+_KERNELS = {half: Kernel("experts_pairs", half, 14, overlaps=True) for half in ("up", "down")}
+
+
+def experts_pairs_up(x: Tensor, up: Tensor, plan: Plan, inner: Tensor) -> None:
+    """inner [n * k, F] <- relu(up(x)) ** 2 of the plan's pairs, of x [n, K] after its norm.
+
+    bf16; up: [E, F, K], possibly a prefix view; K and the strides of `up` must be multiples of 8.
+    """
+    pairs, width = plan.tokens.numel(), up.shape[1]
+    target = checks.array("inner", inner, _BF16, (pairs, width))
+    _launch("up", x, up, plan, target, inner)
+
+
+def experts_pairs_down(inner: Tensor, down: Tensor, plan: Plan, out: Tensor) -> None:
+    """The second half of the chosen experts: out [n * k, K] fp32 <- down(inner) of each pair.
+
+    inner: [n * k, F]; down: [E, K, F], possibly a prefix view; F and the strides of `down` must be
+    multiples of 8. May begin before `inner` is there, with the plan as the first half had it.
+    """
+    pairs, width = plan.tokens.numel(), down.shape[1]
+    target = checks.array("out", out, _FP32, (pairs, width))
+    checks.within("the rows of inner", inner.shape[0], pairs, pairs)
+    _launch("down", inner, down, plan, target, out)
+
+
+def room(depth: int) -> int:
+    """Pairs of `depth` columns that fit into the shared memory of a block."""
+    return (LARGEST_SHARED - RING) // (16 * _line(depth))
+
+
+def item_tokens(tokens: int, depth: int) -> int:
+    """Pairs that an item of a plan may have: all are multiplied with a weight when it is read.
+
+    depth: columns of the products, the most of both halves
+    """
+    return FEW_TOGETHER if tokens <= FEW else most_together(depth)
+
+
+def most_together(depth: int) -> int:
+    return min(MOST, room(depth) // 8 * 8)
+
+
+def _line(depth: int) -> int:
+    """Pieces of 16 bytes of a pair: whole batches, and neighbours in other banks."""
+    return -(-depth // SPAN) * SPAN // 8 + 4
+
+
+def _launch(half: str, x: Tensor, weights: Tensor, plan: Plan, target: int, out: Tensor) -> None:
+    rows, depth = checks.sizes("x", x, "n K")
+    experts, width, _ = checks.sizes("weights", weights, "E F K")
+    source, stride = checks.strided("x", x, _BF16, (rows, depth))
+    address, expert_stride, row_stride = checks.strided(
+        "weights", weights, _BF16, (experts, width, depth)
+    )
+    checks.multiple("the depth K", depth, 8)
+    checks.within("the pairs of an item", plan.item_tokens, 1, most_together(depth))
+    pairs, (_, held) = plan.tokens.numel(), checks.sizes("plan.items", plan.items, "3 I")
+    checks.within("the rows of all items", held * width, 0, 2**31 - 1)
+    places = (
+        checks.array("plan.items", plan.items, _INT32, (3, held)),
+        checks.array("plan.counts", plan.counts, _INT32, (2,)),
+        checks.array("plan.tokens", plan.tokens, _INT32, (pairs,)),
+    )
+    device = checks.one_gpu(x, weights, *plan[:3], out)
+    if not (rows and depth and width and held):
+        return
+    at_once = min(room(depth), -(-pairs // 8) * 8)
+    _KERNELS[half].launch(
+        device,
+        (multiprocessors(device), 1, 1),
+        (32 * WARPS, 1, 1),
+        (
+            source,
+            address,
+            target,
+            *places,
+            stride,
+            depth,
+            width,
+            expert_stride,
+            row_stride,
+            held,
+            at_once,
+            _line(depth),
+        ),
+        RING + 16 * _line(depth) * at_once,
+    )
