@@ -11,6 +11,7 @@ from cascade.kernels.plan import Plan
 
 THREADS = 256  # as in the .cu
 LARGEST_EXPERTS, LARGEST_CHOICE = 256, 32
+LARGEST_SHARED = 200 * 1024
 
 _FP32, INT32 = (torch.float32,), (torch.int32,)
 MEMBERS = 19  # of `Choice` in choose.cuh
@@ -28,15 +29,19 @@ def choose_experts(
 ) -> None:
     """Fill `plan` with the top-k experts of every token that counts.
 
-    See reference_decode.choose_experts. At most 256 experts. Items beyond what `plan` holds are
+    See reference_decode.choose_experts. At most 256 experts, and not more tokens than one block can
+    list: some 3,000 where each chooses six of 128. Items beyond what `plan` holds are
     left out; `Plan.empty` holds all that can be.
     """
     values = arguments(logits, bias, counts, top_k, normalise, scale, plan)
-    device = checks.one_gpu(logits, bias, counts, *plan[:8])
     tokens = logits.shape[0]
+    shared = 4 * (plan.bits.numel() + 2 * tokens * top_k)
+    checks.within("the choice of all tokens, in bytes of shared memory,", shared, 0, LARGEST_SHARED)
+    device = checks.one_gpu(logits, bias, counts, *plan[:8])
     if not (tokens and counts.numel()):
         return
-    _KERNEL.launch(device, (-(-tokens // (THREADS // 32)), 1, 1), (THREADS, 1, 1), values)
+    blocks = -(-tokens // (THREADS // 32))
+    _KERNEL.launch(device, (blocks, 1, 1), (THREADS, 1, 1), values, shared)
 
 
 def arguments(

@@ -576,8 +576,8 @@ def test_pairs_have_their_limits(short: Any, device: str) -> None:
         short.experts_pairs_up(x, up, plan, inner)
     with pytest.raises(checks.KernelArgumentError, match="depth K is 9999"):
         short.experts_pairs_up(x[:, :9999], up[..., :9999], plan, inner)
+    out = unwritten(80, 8, device=device, dtype=F32)
     with pytest.raises(checks.KernelArgumentError, match="rows of inner is 40"):
-        out = unwritten(80, 8, device=device, dtype=F32)
         short.experts_pairs_down(inner[:40], up[:, :8, :8], plan, out)
 
 

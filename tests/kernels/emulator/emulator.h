@@ -65,8 +65,10 @@ inline float __fdividef(float x, float y) { return x / y; }
 inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline void __threadfence() {}
-inline float __ldcg(const float* from) { return *from; }
-inline float4 __ldcg(const float4* from) { return *from; }
+template <class T>
+inline T __ldcg(const T* from) {
+    return *from;
+}
 template <class T>
 inline T __ldcs(const T* from) {
     return *from;
