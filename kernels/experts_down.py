@@ -23,7 +23,7 @@ def experts_down(
     if x.shape[0] <= FEW:
         experts_sum(x, inner, down, plan, shared_inner, shared_down)
         return
-    torch.addmm(x, shared_inner, shared_down.T, out=x)
     pairs = torch.empty(inner.shape[0], down.shape[1], dtype=torch.float32, device=x.device)
-    experts_pairs_down(inner, down, plan, pairs)
+    experts_pairs_down(inner, down, plan, pairs)  # first: it may begin while the first half ends
+    torch.addmm(x, shared_inner, shared_down.T, out=x)
     combine_pairs(x, pairs, plan.places, plan.shares)

@@ -42,6 +42,9 @@ struct Share {
         item = first / width, row = first - item * width;
     }
 
+    // The item of the last row, where there are any.
+    __device__ __forceinline__ int last() const { return item + (row + left - 1) / width; }
+
     // Of the next item; none at the end.
     __device__ __forceinline__ Rows next() {
         const Rows rows = {item, row, min(left, width - row)};
@@ -56,7 +59,7 @@ __device__ __forceinline__ Rows own(const Rows& all) {
     return {all.item, all.row + first, all.count * (warp + 1) / CREW - first};
 }
 
-// Copy pairs [first, first + count) to shared memory, zeros behind their last column.
+// Start to copy pairs [first, first + count) to shared memory, zeros behind their last column.
 template <bool UP>
 __device__ __forceinline__ void bring(const Arguments& a, uint4* shared, int first, int count) {
     const int line = (int)a.line, depth = (int)a.depth;
@@ -68,7 +71,6 @@ __device__ __forceinline__ void bring(const Arguments& a, uint4* shared, int fir
             copy_async(shared + pair * line + i, x + i * 8, i * 8 < depth);
     }
     close_group();
-    wait_for_group<0>();
 }
 
 // A tile with 8 * N pairs, `x` being this lane's piece of the first.
@@ -125,19 +127,30 @@ __device__ __forceinline__ void product(const Arguments& a) {
         return {low + k, high + k, height ? depth - k : 0};
     };
     Ring<STAGES> ring(shared);
+    int window = -room, end = 0;  // the first pair in shared memory, and behind the block's last one
+    if (share.left) {
+        const int last = share.last();
+        end = a.items[held + last] + a.items[2 * held + last];
+        if (UP) {  // ahead of the weights, behind which they would come late
+            window = a.items[held + share.item];
+            bring<UP>(a, pairs_here, window, min(room, end - window));
+        }
+    }
     ring.template fill<1>(following);
-    if (!UP) wait_for_inputs();
+    if (UP)
+        wait_for_group<STAGES>();
+    else
+        wait_for_inputs();
+    __syncthreads();
     let_next_start();
 
-    int window = -room;  // the first pair in shared memory
     for (Rows rows = share.next(); rows.count; rows = share.next()) {
         const int first = a.items[held + rows.item], pairs = a.items[2 * held + rows.item];
         if (first + (pairs + 7) / 8 * 8 > window + room) {
-            const int last = rows.item + (share.left + width - 1) / width;
-            const int end = a.items[held + last] + a.items[2 * held + last];
             __syncthreads();
             window = first;
-            bring<UP>(a, pairs_here, first, min(room, end - first));
+            bring<UP>(a, pairs_here, window, min(room, end - window));
+            wait_for_group<0>();
             __syncthreads();
         }
         const uint4* const x = pairs_here + (first - window + g) * line + t;
