@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cascade.architecture import Architecture
 from cascade.cache import Cache
-from cascade.kernels.plan import Choice, Plan
+from cascade.kernels.plan import Choice, Limits, Plan
 from cascade.weights import AttentionWeights, MambaWeights, MLPWeights, ModelWeights, MoEWeights
 
 Row = tuple[int, int, int, Sequence[int]]  # slot, position of the first id, its journal entry, ids
@@ -285,9 +285,14 @@ def runs_short(weights: ModelWeights, arch: Architecture) -> bool:
     return len(_dense_widths(weights)) <= 1
 
 
-def depth_of_experts(weights: ModelWeights) -> int:
-    """Columns of the products with the routed experts' weights, the most of both halves."""
-    return max(weights.hidden, _routed_width(weights))
+def limits(
+    weights: ModelWeights, arch: Architecture, kernels: ModuleType, device: torch.device
+) -> Limits:
+    """How much a short pass of this slice may take on a device."""
+    depth = max(weights.hidden, _routed_width(weights))  # columns of either half of the experts
+    shared: bool = min(_dense_widths(weights), default=0) > 0
+    found: Limits = kernels.short_pass_limits(arch, depth, shared, device)
+    return found
 
 
 def _routed_width(weights: ModelWeights) -> int:

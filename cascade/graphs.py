@@ -24,12 +24,11 @@ from cascade.decode import (
     Buffers,
     Row,
     Table,
-    depth_of_experts,
+    limits,
     runs_short,
     short_pass,
 )
 from cascade.forward import Feed
-from cascade.kernels.experts_pairs import item_tokens
 from cascade.kernels.plan import Plan
 from cascade.runner import Runner
 from cascade.weights import ModelWeights
@@ -57,7 +56,7 @@ class GraphRunner(Runner):
         """What runs short passes over this cache; None where no kernel fits the model."""
         if cache not in self._decoders:
             parent = max(self.views, key=lambda view: view.hidden)
-            needs = self.arch, parent.dtype, cache.journal.entries, depth_of_experts(parent)
+            needs = self.arch, parent.dtype, cache.journal.entries
             fits = (
                 runs_short(parent, self.arch) and self.kernels.short_pass_obstacle(*needs) is None
             )
@@ -117,9 +116,11 @@ class Decoder:
         self._captured: OrderedDict[tuple[int, int, int], Captured] = OrderedDict()
         self._pool: Any = None
         self.latest = torch.zeros(cache.num_slots, dtype=torch.int64, device=cache.device)
+        most = limits(parent, self._arch, self._kernels, self.latest.device).tokens
+        self._most_tokens = min(MOST_TOKENS, most)
 
     def holds(self, rows: int, length: int) -> bool:
-        return bucket_of_rows(rows) * bucket_of_length(length) <= MOST_TOKENS
+        return bucket_of_rows(rows) * bucket_of_length(length) <= self._most_tokens
 
     def run(self, writer: int, rows: Sequence[Row]) -> Captured:
         """One pass of rows of about equal length; nothing is waited for."""
@@ -162,12 +163,12 @@ class Decoder:
             self._pool = None  # a pool whose graphs are all gone cannot be captured into
             self._arena = Arena(_arena_size(tokens), device)
         arch, weights = self._arch, self._views[writer]
-        together = item_tokens(tokens, depth_of_experts(weights))
+        pairs = limits(weights, arch, self._kernels, device).pairs
         captured = Captured(
             Table(height, length, device),
             Buffers.over(self._arena, weights, self._parent, arch, tokens),
             [
-                Plan.empty(tokens, arch.experts, arch.top_k, device, together)
+                Plan.empty(tokens, arch.experts, arch.top_k, device, pairs)
                 for _ in range(arch.kinds.count("moe"))
             ],
             torch.zeros(height, dtype=torch.int64, device=device),

@@ -51,6 +51,13 @@ def multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@cache
+def largest_shared(device: int) -> int:
+    """Bytes of shared memory that a block may have on a CUDA device."""
+    properties: Any = torch.cuda.get_device_properties(device)  # whose stub lacks the next name
+    return int(properties.shared_memory_per_block_optin)
+
+
 class _TorchStream:
     """A torch stream in the CUDA stream protocol, which older torch versions do not speak."""
 

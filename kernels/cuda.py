@@ -22,7 +22,7 @@ from cascade.kernels.fork_copy import fork_copy
 from cascade.kernels.group_norm import rms_norm
 from cascade.kernels.journal_keep import journal_keep
 from cascade.kernels.kv_compact import kv_compact
-from cascade.kernels.limits import short_pass_obstacle
+from cascade.kernels.limits import short_pass_limits, short_pass_obstacle
 from cascade.kernels.mamba_span import fits_spans, mamba_span
 from cascade.kernels.mamba_step import mamba_step
 from cascade.kernels.norm_linear import norm_linear
@@ -62,6 +62,7 @@ __all__ = [
     "race_sample",
     "rms_norm",
     "route",
+    "short_pass_limits",
     "short_pass_obstacle",
     "slot_attention",
     "ssm_commit",

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from cascade.kernels.combine_pairs import combine_pairs
 from cascade.kernels.experts_pairs import experts_pairs_down
-from cascade.kernels.experts_sum import FEW, experts_sum
-from cascade.kernels.plan import Plan
+from cascade.kernels.experts_sum import experts_sum
+from cascade.kernels.plan import FEW, Plan
 
 
 def experts_down(

@@ -7,12 +7,11 @@ from torch import Tensor
 
 from cascade.kernels import checks, choose_experts, tile_stream
 from cascade.kernels.compiler import Kernel
-from cascade.kernels.plan import Choice, Plan
+from cascade.kernels.plan import FEW_TOGETHER, Choice, Plan
 
 THREADS, CHOOSER = 256, 32  # as in the .cu: that multiply, and that choose
 WIDTHS = (8, 16, 32)  # tokens of the shared expert at once
 MOST_PICKS = 256  # tokens times top_k that a block chooses for itself
-ITEM_TOKENS = 8  # of the plan
 
 _BF16 = (torch.bfloat16,)
 _KERNELS = {
@@ -44,7 +43,7 @@ def experts_few(
     checks.within("the width of the shared expert", rows, 1, 2**31 - 1)
     checks.within("tokens times top_k", tokens * choice.top_k, 0, MOST_PICKS)
     checks.within("the number of experts of the plan", plan.logits.shape[1], experts, experts)
-    checks.within("the tokens of an item", plan.item_tokens, ITEM_TOKENS, ITEM_TOKENS)
+    checks.within("the tokens of an item", plan.item_tokens, FEW_TOGETHER, FEW_TOGETHER)
     checks.multiple("the depth K", depth, 8)
     source, stride = checks.strided("x", x, _BF16, (tokens, depth))
     scale = checks.array("norm", norm, _BF16, (depth,))
@@ -61,7 +60,7 @@ def experts_few(
     if not (tokens and depth and width and held):
         return
     blocks = tile_stream.blocks(device, 0, held * width)
-    team = tile_stream.team(blocks, held * width, ITEM_TOKENS)
+    team = tile_stream.team(blocks, held * width, FEW_TOGETHER)
     shared_team = tile_stream.team(blocks, rows, WIDTHS[-1])
     _KERNELS[next(w for w in WIDTHS if tokens <= w)].launch(
         device,

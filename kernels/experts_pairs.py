@@ -6,14 +6,12 @@ import torch
 from torch import Tensor
 
 from cascade.kernels import checks, tile_stream
-from cascade.kernels.compiler import Kernel, multiprocessors
+from cascade.kernels.compiler import Kernel, largest_shared, multiprocessors
 from cascade.kernels.plan import Plan
 
 WARPS = 16  # as in the .cu
 RING = 2 * tile_stream.RING
-LARGEST_SHARED = 227 * 1024
 MOST = 32  # pairs of one item
-FEW, FEW_TOGETHER = 32, 8  # what the kernels of few tokens take
 SPAN = 128  # columns of a batch, as in the .cu
 
 _BF16, _INT32, _FP32 = (torch.bfloat16,), (torch.int32,), (torch.float32,)
@@ -42,21 +40,17 @@ def experts_pairs_down(inner: Tensor, down: Tensor, plan: Plan, out: Tensor) -> 
     _launch("down", inner, down, plan, target, out)
 
 
-def room(depth: int) -> int:
-    """Pairs of `depth` columns that fit into the shared memory of a block."""
-    return (LARGEST_SHARED - RING) // (16 * _line(depth))
+def most_together(depth: int, device: int) -> int:
+    """Pairs that an item may have: all are multiplied with a weight when it is read.
 
-
-def item_tokens(tokens: int, depth: int) -> int:
-    """Pairs that an item of a plan may have: all are multiplied with a weight when it is read.
-
-    depth: columns of the products, the most of both halves
+    depth: columns of the product. None fit where shared memory is small and rows are long.
     """
-    return FEW_TOGETHER if tokens <= FEW else most_together(depth)
+    return min(MOST, room(depth, device) // 8 * 8)
 
 
-def most_together(depth: int) -> int:
-    return min(MOST, room(depth) // 8 * 8)
+def room(depth: int, device: int) -> int:
+    """Pairs of `depth` columns that fit into the shared memory of a block."""
+    return max(largest_shared(device) - RING, 0) // (16 * _line(depth))
 
 
 def _line(depth: int) -> int:
@@ -72,7 +66,6 @@ def _launch(half: str, x: Tensor, weights: Tensor, plan: Plan, target: int, out:
         "weights", weights, _BF16, (experts, width, depth)
     )
     checks.multiple("the depth K", depth, 8)
-    checks.within("the pairs of an item", plan.item_tokens, 1, most_together(depth))
     pairs, (_, held) = plan.tokens.numel(), checks.sizes("plan.items", plan.items, "3 I")
     checks.within("the rows of all items", held * width, 0, 2**31 - 1)
     places = (
@@ -81,9 +74,10 @@ def _launch(half: str, x: Tensor, weights: Tensor, plan: Plan, target: int, out:
         checks.array("plan.tokens", plan.tokens, _INT32, (pairs,)),
     )
     device = checks.one_gpu(x, weights, *plan[:3], out)
+    checks.within("the pairs of an item", plan.item_tokens, 1, most_together(depth, device))
     if not (rows and depth and width and held):
         return
-    at_once = min(room(depth), -(-pairs // 8) * 8)
+    at_once = min(room(depth, device), -(-pairs // 8) * 8)
     _KERNELS[half].launch(
         device,
         (multiprocessors(device), 1, 1),

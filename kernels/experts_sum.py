@@ -7,12 +7,10 @@ from torch import Tensor
 
 from cascade.kernels import checks, tile_stream
 from cascade.kernels.compiler import Kernel
-from cascade.kernels.plan import Plan
+from cascade.kernels.plan import FEW, FEW_TOGETHER, Plan
 
 THREADS, WARPS, TILE = 256, 8, 16  # as in the .cu
 RING = 2 * tile_stream.RING  # as in the .cu
-FEW = 32  # tokens up to which a block may go through all experts for its share of the channels
-ITEM_TOKENS = 8  # of the plan
 
 _BF16, _INT32, _FP32 = (torch.bfloat16,), (torch.int32,), (torch.float32,)
 _KERNEL = Kernel("experts_sum", "down", 21, overlaps=True)
@@ -56,7 +54,7 @@ def experts_sum(
         checks.array("plan.weights", plan.weights, _FP32, (pairs,)),
     )
     checks.within("the number of tokens", tokens, 0, FEW)
-    checks.within("the tokens of an item", plan.item_tokens, 1, ITEM_TOKENS)
+    checks.within("the tokens of an item", plan.item_tokens, 1, FEW_TOGETHER)
     device = checks.one_gpu(x, inner, down, shared_inner, shared_down, *plan[:4])
     if not (tokens and hidden and width):
         return

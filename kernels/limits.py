@@ -1,4 +1,4 @@
-"""Which models the kernels of a short pass can run."""
+"""Which models the kernels of a short pass can run, and how much at once."""
 
 from __future__ import annotations
 
@@ -6,14 +6,24 @@ from typing import Any
 
 import torch
 
-from cascade.kernels import choose_experts, experts_pairs, mamba_decode, mamba_step, slot_attention
+from cascade.kernels import (
+    choose_experts,
+    experts_few,
+    experts_pairs,
+    mamba_decode,
+    mamba_step,
+    slot_attention,
+)
+from cascade.kernels.plan import FEW, Limits
+
+ANY = 1 << 31
 
 
-def short_pass_obstacle(arch: Any, dtype: torch.dtype, entries: int, depth: int) -> str | None:
+def short_pass_obstacle(arch: Any, dtype: torch.dtype, entries: int) -> str | None:
     """Why the kernels cannot run a model, or None where they can.
 
     arch:    its sizes, by the names of `cascade.architecture.Architecture`
-    entries: of a journal row; depth: columns of the experts' products, the most of both halves
+    entries: of a journal row
     """
     shared = mamba_step.shared_bytes(entries, arch.head_dim, arch.state_size)
     group = arch.query_heads // max(arch.kv_heads, 1)
@@ -32,7 +42,18 @@ def short_pass_obstacle(arch: Any, dtype: torch.dtype, entries: int, depth: int)
         (group > 16, f"{group} heads that share K and V"),
         (arch.experts > choose_experts.LARGEST_EXPERTS, f"{arch.experts} experts"),
         (arch.experts % 4, f"{arch.experts} experts, no multiple of 4"),
-        (experts_pairs.most_together(depth) < 8, f"experts of {depth} columns"),
         (arch.top_k > choose_experts.LARGEST_CHOICE, f"{arch.top_k} experts a token"),
     )
     return next((text for holds, text in obstacles if holds), None)
+
+
+def short_pass_limits(arch: Any, depth: int, shared: bool, device: torch.device) -> Limits:
+    """How much fits: on a GPU with little shared memory perhaps no more than a few tokens.
+
+    depth: columns of the experts' products, the most of both halves
+    shared: whether every layer of experts has one that all tokens share, as few tokens need it
+    """
+    pairs = experts_pairs.most_together(depth, device.index)
+    if pairs or "moe" not in arch.kinds:
+        return Limits(pairs, ANY)
+    return Limits(pairs, min(FEW, experts_few.MOST_PICKS // arch.top_k) if shared else 0)

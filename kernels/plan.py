@@ -7,6 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+FEW, FEW_TOGETHER = 32, 8  # tokens that have kernels of their own, for items of so many pairs
+
+
+class Limits(NamedTuple):
+    """What short passes of a slice keep to: pairs of an item, and tokens of a pass, at most."""
+
+    pairs: int
+    tokens: int
+
 
 class Choice(NamedTuple):
     """What the experts of each token are chosen by; see `reference.route`.
@@ -52,11 +61,17 @@ class Plan(NamedTuple):
 
     @classmethod
     def empty(
-        cls, tokens: int, experts: int, top_k: int, device: torch.device, item_tokens: int = 8
+        cls,
+        tokens: int,
+        experts: int,
+        top_k: int,
+        device: torch.device,
+        pairs: int = FEW_TOGETHER,
     ) -> Plan:
-        """item_tokens: see `experts_pairs.item_tokens`; 8 is right for at most 32 tokens."""
+        """pairs: of an item at most, where there are more than a few tokens (`Limits`)"""
+        item_tokens = FEW_TOGETHER if tokens <= FEW else pairs
         held = min(tokens * top_k, experts + tokens * top_k // item_tokens)
-        pairs, words = tokens * top_k, -(-tokens // 32)
+        picks, words = tokens * top_k, -(-tokens // 32)
 
         def integers(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
@@ -67,10 +82,10 @@ class Plan(NamedTuple):
         return cls(
             items=integers(3, held),
             counts=integers(2),
-            tokens=integers(pairs),
-            weights=numbers(pairs),
-            places=integers(pairs),
-            shares=numbers(pairs),
+            tokens=integers(picks),
+            weights=numbers(picks),
+            places=integers(picks),
+            shares=numbers(picks),
             bits=integers(experts, words),
             arrived=integers(1),
             logits=(integers(tokens, experts) - 1).view(torch.float32),

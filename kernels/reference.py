@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cascade.kernels.plan import Limits
 from cascade.kernels.reference_decode import (
     choose_experts,
     embed_tokens,
@@ -60,6 +61,7 @@ __all__ = [
     "race_sample",
     "rms_norm",
     "route",
+    "short_pass_limits",
     "short_pass_obstacle",
     "slot_attention",
     "ssm_commit",
@@ -275,9 +277,14 @@ def accept_resample(
     return accepted, race_sample(after, seeds, positions + accepted, stream=2)
 
 
-def short_pass_obstacle(arch: object, dtype: torch.dtype, entries: int, depth: int) -> str | None:
+def short_pass_obstacle(arch: object, dtype: torch.dtype, entries: int) -> str | None:
     """Nothing hinders plain PyTorch; see `cascade.kernels.limits`."""
     return None
+
+
+def short_pass_limits(arch: object, depth: int, shared: bool, device: torch.device) -> Limits:
+    """As much as there is; see `cascade.kernels.limits`."""
+    return Limits(pairs=1 << 31, tokens=1 << 31)
 
 
 # ---- shared pieces -----------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cascade.kernels import checks, experts_pairs, mamba_decode, tile_stream
 from cascade.kernels import reference_decode as reference
-from cascade.kernels.experts_pairs import item_tokens
+from cascade.kernels.experts_pairs import most_together
 from cascade.kernels.plan import Choice, Plan
 from cascade.kernels.reference_layers import rms_norm
 
@@ -471,7 +471,7 @@ def test_experts(
     choice = decided(x, norm, experts, counts, top_k)
     normed = rms_norm(wide(x), wide(norm), 1e-5)
     logits = normed @ wide(choice.router).T
-    together = item_tokens(tokens, max(depth, width))
+    together = most_together(max(depth, width), 0)
     plan, expected = (
         Plan.empty(tokens, experts, top_k, torch.device(device), together) for _ in range(2)
     )
@@ -539,7 +539,7 @@ def test_pairs_that_do_not_fit_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if room is not None:
-        monkeypatch.setattr(experts_pairs, "room", lambda depth: room)
+        monkeypatch.setattr(experts_pairs, "room", lambda depth, device: room)
     # The first experts get more tokens than the others, so that items are of all sizes.
     logits = torch.randn(tokens, experts, device=device) - torch.arange(experts, device=device) / 9
     counts = torch.ones(tokens, dtype=torch.int64, device=device)
@@ -571,7 +571,7 @@ def test_pairs_have_their_limits(short: Any, device: str) -> None:
     depth = 10_000
     x, up = normal(40, depth, device=device), normal(8, 8, depth, device=device)
     inner = unwritten(80, 8, device=device)
-    assert item_tokens(40, depth) == 8
+    assert most_together(depth, 0) == 8
     with pytest.raises(checks.KernelArgumentError, match="pairs of an item is 32; expected 1 to 8"):
         short.experts_pairs_up(x, up, plan, inner)
     with pytest.raises(checks.KernelArgumentError, match="depth K is 9999"):

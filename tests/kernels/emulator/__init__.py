@@ -22,7 +22,7 @@ from cascade.kernels import checks, compiler, experts_few
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
-MULTIPROCESSORS = 3
+MULTIPROCESSORS, SHARED = 3, 227 * 1024  # the latter as on compute capability 9.0
 
 _DYNAMIC = re.compile(r"extern __shared__ (\w+) (\w+)\[\];")
 
@@ -57,8 +57,9 @@ class Emulator:
         patch.setattr(compiler.Kernel, "launch", launch)
         patch.setattr(checks, "one_gpu", lambda *tensors: 0)
         for module in list(sys.modules.values()):
-            if hasattr(module, "multiprocessors"):
-                patch.setattr(module, "multiprocessors", lambda device: MULTIPROCESSORS)
+            for name, number in (("multiprocessors", MULTIPROCESSORS), ("largest_shared", SHARED)):
+                if hasattr(module, name):
+                    patch.setattr(module, name, lambda device, number=number: number)
         # Blocks run one after the other, so none but the first may be waited for.
         patch.setattr(experts_few, "router_blocks", lambda experts, blocks: 1)
 
