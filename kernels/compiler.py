@@ -54,8 +54,10 @@ def multiprocessors(device: int) -> int:
 @cache
 def largest_shared(device: int) -> int:
     """Bytes of shared memory that a block may have on a CUDA device."""
-    properties: Any = torch.cuda.get_device_properties(device)  # whose stub lacks the next name
-    return int(properties.shared_memory_per_block_optin)
+    properties = torch.cuda.get_device_properties(device)
+    # ROCm builds have the second alone.
+    size = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    return int(size)
 
 
 class _TorchStream:
