@@ -34,7 +34,16 @@ def test_compiles(stem: str, tmp_path: Path) -> None:
     source = tmp_path / f"{stem}.cu"
     source.write_text(compiler.source(stem))
     result = subprocess.run(
-        [nvcc, *compiler.OPTIONS, *targets, "-fatbin", "-o", str(tmp_path / "out"), str(source)],
+        [
+            nvcc,
+            *compiler.OPTIONS,
+            *targets,
+            "--threads=0",
+            "-fatbin",
+            "-o",
+            str(tmp_path / "out"),
+            str(source),
+        ],
         capture_output=True,
         text=True,
         timeout=120,
