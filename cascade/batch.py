@@ -113,8 +113,9 @@ class Batch:
                 raise RequestError(f"cannot draft {count} ids")
             _check_draft(sequence, count)
         drafters = drafting(self.sequences, wanted, writer)
-        with restoring(self.sequences):
-            drafted = Batch(drafters)._draft(wanted, slice, samplers, stops)
+        apart = [d for s, d in zip(self.sequences, drafters, strict=True) if d is not s]
+        with restoring([*self.sequences, *apart]):
+            drafted = (Batch(drafters) if apart else self)._draft(wanted, slice, samplers, stops)
             for sequence, drafter, new in zip(self.sequences, drafters, drafted, strict=True):
                 cross(sequence, drafter, new)
             return drafted
@@ -122,30 +123,32 @@ class Batch:
     def _draft(
         self, wanted: list[int], slice: str, samplers: list[Sampler], stops: frozenset[int]
     ) -> list[list[int]]:
-        """The loop of `draft`, each row in the sequence whose cache the slice reads."""
+        """The loop of `draft`, each row in the sequence whose cache the slice reads.
+
+        The caller must be ready to restore the sequences.
+        """
         writer = self.model.slice_index(slice)
         before = [len(s._drafted) for s in self.sequences]
-        with restoring(self.sequences):
-            active = [r for r, count in enumerate(wanted) if count > 0]
-            if self._drafts_ahead(active, writer, samplers, wanted, stops):
-                active = []
-            while active:
-                rows = self._next_rows(active, writer)
-                chosen = _choose(
-                    rows,
-                    [samplers[r] for r in active],
-                    [self.sequences[r] for r in active],
-                    self.model.kernels,
-                )
-                still = []
-                for r, (token, proposal) in zip(active, chosen, strict=True):
-                    sequence = self.sequences[r]
-                    sequence._drafted.append(token)
-                    sequence._proposals.append(proposal)
-                    sequence._verified = False
-                    if len(sequence._drafted) - before[r] < wanted[r] and token not in stops:
-                        still.append(r)
-                active = still
+        active = [r for r, count in enumerate(wanted) if count > 0]
+        if self._drafts_ahead(active, writer, samplers, wanted, stops):
+            active = []
+        while active:
+            rows = self._next_rows(active, writer)
+            chosen = _choose(
+                rows,
+                [samplers[r] for r in active],
+                [self.sequences[r] for r in active],
+                self.model.kernels,
+            )
+            still = []
+            for r, (token, proposal) in zip(active, chosen, strict=True):
+                sequence = self.sequences[r]
+                sequence._drafted.append(token)
+                sequence._proposals.append(proposal)
+                sequence._verified = False
+                if len(sequence._drafted) - before[r] < wanted[r] and token not in stops:
+                    still.append(r)
+            active = still
         return [s._drafted[b:] for s, b in zip(self.sequences, before, strict=True)]
 
     def propose(self, ids: Seq[TokenIds]) -> None:

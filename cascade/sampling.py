@@ -122,7 +122,8 @@ class Sampler:
     def of(cls, params: SamplingParams | Sampler | None) -> Sampler:
         if isinstance(params, Sampler):
             return params
-        params = GREEDY if params is None else params
+        if params is None:
+            return GREEDY  # one for all rows: it draws nothing
         return cls(params) if params.seed is None else cls(params, params.seed)
 
     @property
@@ -226,7 +227,7 @@ def _counts(tokens: Seq[int], drafted: Seq[int], logits: Tensor) -> Tensor:
     return counts
 
 
-GREEDY = SamplingParams()
+GREEDY = Sampler(SamplingParams(), seed=0)
 
 
 def derive_seed(seed: int, request: int, sample: int) -> int:
