@@ -5,6 +5,7 @@
 # Needs Python 3.11 or newer with venv, and make. The first call takes some minutes, later calls
 # install nothing until pyproject.toml, setup.py or constraints.txt change.
 #
+# WORKERS    processes that run tests side by side; 0 for none but pytest's own
 # PYTHON     the interpreter .venv is made from
 # PIP_ARGS   more for pip; on Linux without a GPU this avoids several GB of CUDA packages:
 #            make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
@@ -12,7 +13,9 @@
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 PIP_ARGS ?=
+WORKERS ?= 2
 ARGS ?=
+WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -33,7 +36,8 @@ demo: $(VENV)/run.stamp
 	@$(BIN)/cascade demo $(ARGS)
 
 test: $(VENV)/test.stamp
-	@$(BIN)/python -m pytest $(ARGS)
+	@# A file's tests stay together: they share what takes long to make.
+	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
