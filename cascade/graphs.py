@@ -19,15 +19,7 @@ from torch import Tensor
 from cascade.architecture import Architecture
 from cascade.buckets import bucket_of_length, bucket_of_rows
 from cascade.cache import Cache
-from cascade.decode import (
-    Arena,
-    Buffers,
-    Row,
-    Table,
-    limits,
-    runs_short,
-    short_pass,
-)
+from cascade.decode import Arena, Buffers, Row, Table, limits, runs_short, short_pass
 from cascade.forward import Feed
 from cascade.kernels.plan import Plan
 from cascade.runner import Runner

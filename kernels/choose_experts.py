@@ -59,15 +59,11 @@ def arguments(
     checks.within("the number of experts E", experts, 1, LARGEST_EXPERTS)
     checks.within("top_k", top_k, 1, min(experts, LARGEST_CHOICE))
     checks.multiple("the number of tokens", tokens, max(rows, 1))
-    held = checks.sizes("plan.items", plan.items, "3 I")[1]
     places = (
         checks.array("logits", logits, _FP32, (tokens, experts)),
         checks.array("bias", bias, _FP32, (experts,)),
         checks.index("counts", counts, rows),
-        checks.array("plan.items", plan.items, INT32, (3, held)),
-        checks.array("plan.counts", plan.counts, INT32, (2,)),
-        checks.array("plan.tokens", plan.tokens, INT32, (pairs,)),
-        checks.array("plan.weights", plan.weights, _FP32, (pairs,)),
+        *addresses(plan, pairs),
         checks.array("plan.places", plan.places, INT32, (pairs,)),
         checks.array("plan.shares", plan.shares, _FP32, (pairs,)),
         checks.array("plan.bits", plan.bits, INT32, (experts, -(-tokens // 32))),
@@ -80,7 +76,18 @@ def arguments(
         experts,
         top_k,
         plan.item_tokens,
-        held,
+        plan.items.shape[1],
         int(normalise),
         checks.float_bits(scale),
+    )
+
+
+def addresses(plan: Plan, pairs: int) -> tuple[int, int, int, int]:
+    """Where the lists of a plan are: items, counts, and the tokens and weights of so many pairs."""
+    held = checks.sizes("plan.items", plan.items, "3 I")[1]
+    return (
+        checks.array("plan.items", plan.items, INT32, (3, held)),
+        checks.array("plan.counts", plan.counts, INT32, (2,)),
+        checks.array("plan.tokens", plan.tokens, INT32, (pairs,)),
+        checks.array("plan.weights", plan.weights, _FP32, (pairs,)),
     )

@@ -97,6 +97,11 @@ def experts_few(
     )
 
 
+def most_tokens(top_k: int) -> int:
+    """Tokens that one launch takes, where there is a shared expert."""
+    return min(WIDTHS[-1], MOST_PICKS // top_k)
+
+
 def router_blocks(experts: int, blocks: int) -> int:
     """Blocks that compute the router's logits, of one expert each if there are as many."""
     return min(experts, blocks)

@@ -23,9 +23,9 @@ constexpr int CREW = 2 * WARPS;  // of a block
 struct Rows {
     int item, row, count;
 
-    // The next tile of them, the last two as equal as can be.
+    // The next tile of them.
     __device__ __forceinline__ Tile next() {
-        const int height = count > TILE && count < 2 * TILE ? (count + 1) / 2 : min(count, TILE);
+        const int height = first_height(count);
         row += height, count -= height;
         return {item, row - height, height};
     }

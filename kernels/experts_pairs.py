@@ -5,16 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cascade.kernels import checks, tile_stream
+from cascade.kernels import checks, choose_experts, tile_stream
 from cascade.kernels.compiler import Kernel, largest_shared, multiprocessors
 from cascade.kernels.plan import Plan
 
-WARPS = 16  # as in the .cu
-RING = 2 * tile_stream.RING
+WARPS, RING = 2 * tile_stream.WARPS, 2 * tile_stream.RING  # of a block, as in the .cu
 MOST = 32  # pairs of one item
-SPAN = 128  # columns of a batch, as in the .cu
 
-_BF16, _INT32, _FP32 = (torch.bfloat16,), (torch.int32,), (torch.float32,)
+_BF16, _FP32 = (torch.bfloat16,), (torch.float32,)
 _KERNELS = {half: Kernel("experts_pairs", half, 14, overlaps=True) for half in ("up", "down")}
 
 
@@ -55,7 +53,7 @@ def room(depth: int, device: int) -> int:
 
 def _line(depth: int) -> int:
     """Pieces of 16 bytes of a pair: whole batches, and neighbours in other banks."""
-    return -(-depth // SPAN) * SPAN // 8 + 4
+    return -(-depth // tile_stream.SPAN) * tile_stream.SPAN // 8 + 4
 
 
 def _launch(half: str, x: Tensor, weights: Tensor, plan: Plan, target: int, out: Tensor) -> None:
@@ -66,13 +64,10 @@ def _launch(half: str, x: Tensor, weights: Tensor, plan: Plan, target: int, out:
         "weights", weights, _BF16, (experts, width, depth)
     )
     checks.multiple("the depth K", depth, 8)
-    pairs, (_, held) = plan.tokens.numel(), checks.sizes("plan.items", plan.items, "3 I")
+    pairs = plan.tokens.numel()
+    items, counts, tokens, _ = choose_experts.addresses(plan, pairs)
+    held = plan.items.shape[1]
     checks.within("the rows of all items", held * width, 0, 2**31 - 1)
-    places = (
-        checks.array("plan.items", plan.items, _INT32, (3, held)),
-        checks.array("plan.counts", plan.counts, _INT32, (2,)),
-        checks.array("plan.tokens", plan.tokens, _INT32, (pairs,)),
-    )
     device = checks.one_gpu(x, weights, *plan[:3], out)
     checks.within("the pairs of an item", plan.item_tokens, 1, most_together(depth, device))
     if not (rows and depth and width and held):
@@ -86,7 +81,9 @@ def _launch(half: str, x: Tensor, weights: Tensor, plan: Plan, target: int, out:
             source,
             address,
             target,
-            *places,
+            items,
+            counts,
+            tokens,
             stride,
             depth,
             width,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cascade.kernels import checks, tile_stream
+from cascade.kernels import checks, choose_experts, tile_stream
 from cascade.kernels.compiler import Kernel
 from cascade.kernels.plan import FEW, FEW_TOGETHER, Plan
 
 THREADS, WARPS, TILE = 256, 8, 16  # as in the .cu
 RING = 2 * tile_stream.RING  # as in the .cu
 
-_BF16, _INT32, _FP32 = (torch.bfloat16,), (torch.int32,), (torch.float32,)
+_BF16 = (torch.bfloat16,)
 _KERNEL = Kernel("experts_sum", "down", 21, overlaps=True)
 
 
@@ -36,7 +36,7 @@ def experts_sum(
         "down", down, _BF16, (experts, hidden, width)
     )
     checks.multiple("the width F", width, 8)
-    pairs, (_, held) = plan.tokens.numel(), checks.sizes("plan.items", plan.items, "3 I")
+    pairs = plan.tokens.numel()
     shared_width = checks.sizes("shared_down", shared_down, "K Fs")[1]
     checks.multiple("the width Fs", shared_width, 8)
     shared_source, shared_input = checks.strided(
@@ -47,12 +47,7 @@ def experts_sum(
     )
     source = checks.array("inner", inner, _BF16, (pairs, width))
     checks.aligned("inner", source)
-    places = (
-        checks.array("plan.items", plan.items, _INT32, (3, held)),
-        checks.array("plan.counts", plan.counts, _INT32, (2,)),
-        checks.array("plan.tokens", plan.tokens, _INT32, (pairs,)),
-        checks.array("plan.weights", plan.weights, _FP32, (pairs,)),
-    )
+    lists = choose_experts.addresses(plan, pairs)
     checks.within("the number of tokens", tokens, 0, FEW)
     checks.within("the tokens of an item", plan.item_tokens, 1, FEW_TOGETHER)
     device = checks.one_gpu(x, inner, down, shared_inner, shared_down, *plan[:4])
@@ -69,7 +64,7 @@ def experts_sum(
             weights,
             shared_source,
             shared_place,
-            *places,
+            *lists,
             stride,
             tokens,
             hidden,
@@ -79,7 +74,7 @@ def experts_sum(
             shared_width,
             shared_stride,
             shared_input,
-            held,
+            plan.items.shape[1],
             *divmod(hidden, blocks),
         ),
         RING + 4 * WARPS * TILE * tokens,

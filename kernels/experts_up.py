@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cascade.kernels.choose_experts import choose_experts
-from cascade.kernels.experts_few import MOST_PICKS, WIDTHS, experts_few
+from cascade.kernels.experts_few import experts_few, most_tokens
 from cascade.kernels.experts_pairs import experts_pairs_up
 from cascade.kernels.group_norm import group_norm
 from cascade.kernels.norm_linear import norm_linear
@@ -25,8 +25,7 @@ def experts_up(
     dense: Tensor,
 ) -> None:
     """See reference_decode.experts_up. bf16; K and all strides must be multiples of 8."""
-    tokens, shared = x.shape[0], shared_up.shape[0]
-    if shared and tokens <= WIDTHS[-1] and tokens * choice.top_k <= MOST_PICKS:
+    if shared_up.shape[0] and x.shape[0] <= most_tokens(choice.top_k):
         experts_few(x, norm, eps, choice, up, plan, inner, shared_up, dense)
         return
     normed = torch.empty_like(x, memory_format=torch.contiguous_format)

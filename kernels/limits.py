@@ -14,9 +14,7 @@ from cascade.kernels import (
     mamba_step,
     slot_attention,
 )
-from cascade.kernels.plan import FEW, Limits
-
-ANY = 1 << 31
+from cascade.kernels.plan import ANY, Limits
 
 
 def short_pass_obstacle(arch: Any, dtype: torch.dtype, entries: int) -> str | None:
@@ -56,4 +54,4 @@ def short_pass_limits(arch: Any, depth: int, shared: bool, device: torch.device)
     pairs = experts_pairs.most_together(depth, device.index)
     if pairs or "moe" not in arch.kinds:
         return Limits(pairs, ANY)
-    return Limits(pairs, min(FEW, experts_few.MOST_PICKS // arch.top_k) if shared else 0)
+    return Limits(pairs, experts_few.most_tokens(arch.top_k) if shared else 0)

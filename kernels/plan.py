@@ -10,6 +10,9 @@ from torch import Tensor
 FEW, FEW_TOGETHER = 32, 8  # tokens that have kernels of their own, for items of so many pairs
 
 
+ANY = 1 << 31  # no limit
+
+
 class Limits(NamedTuple):
     """What short passes of a slice keep to: pairs of an item, and tokens of a pass, at most."""
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cascade.kernels.plan import Limits
+from cascade.kernels.plan import ANY, Limits
 from cascade.kernels.reference_decode import (
     choose_experts,
     embed_tokens,
@@ -284,7 +284,7 @@ def short_pass_obstacle(arch: object, dtype: torch.dtype, entries: int) -> str |
 
 def short_pass_limits(arch: object, depth: int, shared: bool, device: torch.device) -> Limits:
     """As much as there is; see `cascade.kernels.limits`."""
-    return Limits(pairs=1 << 31, tokens=1 << 31)
+    return Limits(pairs=ANY, tokens=ANY)
 
 
 # ---- shared pieces -----------------------------------------------------------------------------

@@ -64,7 +64,7 @@ __device__ __forceinline__ void write(const Products& a, int token, int row, flo
     switch (a.kind[part]) {
         case STORE: out[place] = (bf16)narrow(value); break;
         case STORE_F32: static_cast<float*>(a.out[part])[place] = value; break;
-        case RELU2: out[place] = (bf16)narrow(relu_squared(widen((bf16)narrow(value)))); break;
+        case RELU2: out[place] = activated(value); break;
         case ADD: out[place] = (bf16)narrow(widen(out[place]) + value); break;
     }
 }

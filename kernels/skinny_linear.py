@@ -14,7 +14,7 @@ from cascade.kernels.reference_decode import Kind
 PARTS = 3  # as in the .cu
 MEMBERS = 3 + 6 * PARTS + 9
 THREADS = 256
-WARPS, SPAN = 8, 128
+WARPS = 8
 WIDTHS = (8, 16, 32)  # tokens at once
 LARGEST_GROUPS = 64  # whose factors fit into shared memory
 
@@ -97,7 +97,7 @@ def skinny_linear(
     elif groups == 1:
         mode = "whole"
     else:
-        mode = "warpwise" if groups == WARPS and not depth % (WARPS * SPAN) else "given"
+        mode = "warpwise" if groups == WARPS and not depth % (WARPS * tile_stream.SPAN) else "given"
     blocks = tile_stream.blocks(device, width if mode == "whole" else 0, sum(rows))
     team = WARPS if mode == "warpwise" else tile_stream.team(blocks, sum(rows), width)
     is_short = mode == "whole" and width == 8 and not tile_stream.is_long(sum(rows))

@@ -34,6 +34,11 @@ struct Tile {
     int unit, row, height;
 };
 
+// The height of the first tile of so many rows, the last two as equal as can be.
+__device__ __forceinline__ int first_height(int rows) {
+    return rows > TILE && rows < 2 * TILE ? (rows + 1) / 2 : min(rows, TILE);
+}
+
 // a / b with the inverse of b at hand; an exact division takes far more instructions, which every warp of
 // a multiprocessor would wait for.
 __device__ __forceinline__ int quotient(int a, int b, float inverse) {
@@ -98,8 +103,7 @@ struct Walk {
 
     __device__ __forceinline__ Tile next() {
         if (row == height) row = 0, unit++;
-        const int rest = min(left, height - row);
-        const int own = rest > TILE && rest < 2 * TILE ? (rest + 1) / 2 : min(rest, TILE);
+        const int own = first_height(min(left, height - row));
         row += own, left -= own;
         return {unit, row - own, own};
     }

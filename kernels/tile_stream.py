@@ -7,6 +7,7 @@ from cascade.kernels.compiler import multiprocessors
 
 WARPS, STAGES, TILE = 8, 4, 16  # as in the .cuh
 RING = WARPS * STAGES * 2 * 32 * 16  # bytes for weights under way, of a block
+SPAN = STAGES * 32  # columns of a batch, for up to 16 tokens
 LEAST = 2  # rows of a block: fewer blocks leave room for the next kernel's
 MANY = 5000  # rows of weights from which a third block on a multiprocessor pays, for up to 8 tokens
 
